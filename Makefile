@@ -1,0 +1,49 @@
+# Everything runs from here: a fresh machine needs Python 3.11 or newer, git and make.
+PYTHON ?= python3
+UV := .tools/bin/uv
+RUN := .venv/bin/python
+export UV_HTTP_TIMEOUT ?= 300
+export UV_PYTHON_DOWNLOADS := never
+COMPILE := pip compile --quiet --universal --generate-hashes --python-version 3.11 --extra dev \
+	--custom-compile-command "make lock" pyproject.toml
+
+.PHONY: setup demo test test-fast check lock format clean
+
+setup: .venv/.synced  ## Make .venv from the lock
+
+$(UV):
+	$(PYTHON) -m venv .tools
+	.tools/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+
+.venv/.synced: requirements.lock pyproject.toml | $(UV)
+	test -x $(RUN) || $(UV) venv --quiet --python $(PYTHON) .venv
+	$(UV) pip sync --quiet --require-hashes requirements.lock
+	$(UV) pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: setup  ## Simulate a bucket, serve it by S3, ingest, adapt, compare
+	$(RUN) jobs/demo.py
+
+test: setup  ## Every test
+	$(RUN) -m pytest
+
+test-fast: setup  ## Tests that take seconds
+	$(RUN) -m pytest -m "not slow"
+
+check: setup  ## Lint, format, types, and whether the lock matches pyproject.toml
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	cp requirements.lock build.lock && $(UV) $(COMPILE) --output-file build.lock && cmp build.lock requirements.lock; \
+		status=$$?; rm -f build.lock; \
+		test $$status = 0 || { echo "requirements.lock does not match pyproject.toml: run make lock"; exit 1; }
+
+lock: | $(UV)  ## Resolve the dependencies anew (add UPGRADE=--upgrade for newer releases)
+	$(UV) $(COMPILE) $(UPGRADE) --output-file requirements.lock
+
+format: setup  ## Format and mend what ruff can mend
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:  ## Delete what the demo made
+	rm -rf demo

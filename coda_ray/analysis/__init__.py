@@ -1,0 +1,1 @@
+"""Metrics and label-free criteria: arrays in, numbers out."""

@@ -1,0 +1,31 @@
+"""Joining the Ray cluster that a job was submitted to, or starting one on this machine."""
+
+import logging
+import os
+
+import ray
+from ray.data import DataContext
+
+LOCAL_OBJECT_STORE_BYTES = 2_000_000_000
+
+
+def start_ray() -> None:
+    """Connect to the cluster of RAY_ADDRESS (`ray job submit` sets it), or start Ray on this machine; once per process.
+
+    A local Ray has no dashboard, an object store of 2 GB, and Ray's token authentication, so that nobody else on the
+    network can run code in it; RAY_AUTH_MODE, set before Ray is imported, decides otherwise.
+    """
+    if ray.is_initialized():
+        return
+    # Every stage prints its own lines; alike ones are not repetitions.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING)
+    else:
+        ray.init(
+            include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, logging_level=logging.WARNING
+        )
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)

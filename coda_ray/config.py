@@ -1,0 +1,510 @@
+"""The typed configuration: every field, unit and default of every job, checked whole before anything starts.
+
+A job reads a YAML file (`--config`), then dotted overrides (`--adapt.lr 3e-4`). This file is the only place of defaults;
+they are the settings of the CODA paper (WACV 2024, arXiv 2311.12623) wherever the paper or its released code states one.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+CHANNELS = ("DNA", "ER", "RNA", "AGP", "Mito")
+Channel = Literal["DNA", "ER", "RNA", "AGP", "Mito"]
+Granularity = Literal["source", "batch", "plate"]
+Method = Literal["supervised", "dual-dino", "dual-cb", "oda", "coda"]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused, attribute docstrings become the help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Place(Section):
+    """An address in storage. Keys come from the environment (AWS_ACCESS_KEY_ID, ...), never from here."""
+
+    address: str = Field(min_length=1)
+    """`s3://bucket/prefix` or a folder."""
+    endpoint_url: str | None = None
+    """URL of an S3-compatible server; unset means AWS itself."""
+    anonymous: bool = False
+    """Send unsigned requests (public buckets)."""
+    region: str | None = None
+    """AWS region, such as us-east-1."""
+
+
+def _check_duration(value: int | str) -> int | str:
+    """Accept steps (`400`) or epochs (`"300 epochs"`)."""
+    if isinstance(value, int):
+        if value < 0:
+            raise ValueError("a number of steps is at least 0")
+        return value
+    number, _, unit = value.strip().partition(" ")
+    try:
+        amount = float(number)
+    except ValueError:
+        amount = -1.0
+    if amount < 0 or unit not in ("", "step", "steps", "epoch", "epochs") or (not unit and not amount.is_integer()):
+        raise ValueError("give a number of steps (400) or of epochs ('300 epochs')")
+    return int(amount) if unit in ("", "step", "steps") else value.strip()
+
+
+Duration = Annotated[int | str, AfterValidator(_check_duration)]
+
+
+def steps_of(duration: int | str, steps_per_epoch: int) -> int:
+    """Resolve a duration to steps.
+
+    Parameters
+    ----------
+    duration
+        Steps as an integer, or `"N epochs"`.
+    steps_per_epoch
+        How many steps one pass over the tiles takes.
+
+    Returns
+    -------
+    int
+        Optimisation steps.
+    """
+    if isinstance(duration, int):
+        return duration
+    return round(float(duration.split()[0]) * steps_per_epoch)
+
+
+class Ingest(Section):
+    """From raw images to tiles."""
+
+    dataset: str = "cpg0016-jump"
+    """Folder of the data set inside the bucket."""
+    listed_as: str = "s3://cellpainting-gallery"
+    """Prefix that image lists write for the bucket; it is replaced by bucket.address, so that mirrors work."""
+    image_list: str | None = None
+    """One image list of your own (.csv, .csv.gz or .parquet) instead of the data set's lists."""
+    sources: list[str] = []
+    """Sources to ingest, such as source_3; empty means every source with a listed plate."""
+    plate_types: list[str] = ["TARGET2"]
+    """Plate types to take from the plate table."""
+    plates: list[str] = []
+    """Only these plates; empty means all."""
+    channels: list[Channel] = Field(["DNA", "ER", "Mito"], min_length=1)
+    """Channels to prepare, in the order in which tiles hold them."""
+    scale: float = Field(0.5, gt=0, le=1)
+    """Anti-aliased down-scaling of the raw image."""
+    pixel_size_um: float | None = Field(None, gt=0)
+    """Resample every source to this size of a tile's pixel (µm), by the microscope table; unset keeps each source's own."""
+    clip_percentiles: tuple[float, float] = (0.05, 99.95)
+    """Intensity percentiles of the image that become 0 and 255."""
+    plate_percentile: float = Field(99.99, gt=0, le=100)
+    """Percentile of the plate that caps the upper bound of each of its images."""
+    plate_sample: int = Field(64, ge=1)
+    """Sites read per plate for its statistics and for an illumination estimate where no file is supplied."""
+    tiles_per_shard: int = Field(64, ge=1)
+    """Tiles in one shard file; also the work of one task."""
+    max_bad_share: float = Field(0.05, ge=0, le=1)
+    """Stop above this share of quarantined sites."""
+    cpus_per_task: float = Field(0.5, gt=0)
+    """CPUs that Ray reserves for one task."""
+    threads: int = Field(8, ge=1)
+    """Files that one task reads at a time."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.clip_percentiles
+        if not 0 <= low < high <= 100:
+            raise ValueError("ingest.clip_percentiles: give two rising percentages between 0 and 100, such as 0.05,99.95")
+        if len(set(self.channels)) < len(self.channels):
+            raise ValueError("ingest.channels: name each channel once")
+        return self
+
+
+class Stream(Section):
+    """How tiles reach the workers through Ray Data."""
+
+    rows_per_task: int = Field(64, ge=1)
+    """Samples that one read task fetches."""
+    cpus_per_task: float = Field(0.25, gt=0)
+    """CPUs that Ray reserves for one read task; small, because the task waits for storage."""
+    prefetch: int = Field(2, ge=0)
+    """Mini-batches held ready per worker."""
+    segment_steps: int = Field(2000, ge=1)
+    """Steps that one Ray Data execution serves before the next is planned; bounds the memory of the plan."""
+    max_bad_share: float = Field(0.01, ge=0, le=1)
+    """Stop when more than this share of the tiles read so far could not be read and had to be replaced."""
+
+
+class Model(Section):
+    """The network of feature extractor and classifier."""
+
+    arch: str = "deit_small_patch16_224"
+    """A timm vision transformer, or `vit` for one of the sizes below."""
+    patch: int = Field(8, ge=1)
+    """With arch=vit: side of a patch (px)."""
+    width: int = Field(128, ge=8)
+    """With arch=vit: embedding dimensions."""
+    depth: int = Field(4, ge=1)
+    """With arch=vit: blocks."""
+    heads: int = Field(4, ge=1)
+    """With arch=vit: attention heads."""
+    init: str = "imagenet"
+    """Initial weights: `imagenet` (timm, by name), `random`, or a local .safetensors file."""
+
+
+class Views(Section):
+    """Views cut from tiles, in the order of the released CODA configuration."""
+
+    tile_crop: int = Field(448, ge=8)
+    """Centre crop of the tile before any view (px)."""
+    size_global: int = Field(224, ge=8)
+    """Side of a global view, and of the supervised and evaluation view (px)."""
+    size_local: int = Field(96, ge=8)
+    """Side of a local view (px)."""
+    locals_per_sample: int = Field(6, ge=0, multiple_of=2)
+    """Local views per sample; half from each image of a pair."""
+    flip_probability: float = Field(0.5, ge=0, le=1)
+    """Probability of each of the vertical and the horizontal flip."""
+    jitter_probability: float = Field(0.5, ge=0, le=1)
+    """Probability of the intensity jitter, on global views only."""
+    jitter_std: float = Field(0.005, ge=0)
+    """Standard deviation of the jitter's offset and exponent."""
+
+    @model_validator(mode="after")
+    def _nested(self) -> Self:
+        if not self.size_local <= self.size_global <= self.tile_crop:
+            raise ValueError("views: sizes must rise: size_local <= size_global <= tile_crop")
+        return self
+
+
+class Dino(Section):
+    """The DINO objective (Caron et al. 2021) with CODA's settings."""
+
+    head_hidden: int = Field(2048, ge=1)
+    """Width of the head's hidden layers."""
+    head_bottleneck: int = Field(256, ge=1)
+    """Width of the head's bottleneck."""
+    out_dim: int = Field(4096, ge=2)
+    """Prototypes."""
+    student_temperature: float = Field(0.1, gt=0)
+    """Temperature of the student's softmax."""
+    teacher_temperature: float = Field(0.07, gt=0)
+    """Temperature of the teacher's softmax after its ramp."""
+    teacher_temperature_start: float = Field(0.04, gt=0)
+    """Temperature of the teacher's softmax at step 0."""
+    teacher_temperature_ramp: Duration = "30 epochs"
+    """Length of the linear ramp of the teacher's temperature."""
+    centering: Literal["mean", "sinkhorn"] = "mean"
+    """How teacher outputs are balanced: moving mean (DINO) or Sinkhorn-Knopp (DINOv2)."""
+    centre_momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of the moving mean."""
+    koleo_weight: float = Field(0.0, ge=0)
+    """Weight of the KoLeo term (DINOv2) on the student's global CLS tokens."""
+    ema_start: float = Field(0.996, ge=0, le=1)
+    """Teacher momentum at step 0; cosine to ema_end."""
+    ema_end: float = Field(1.0, ge=0, le=1)
+    """Teacher momentum at the last step."""
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    """Stochastic depth of the student, rising linearly over its blocks."""
+    freeze_last_layer: Duration = "1 epochs"
+    """How long the head's last layer stays frozen."""
+    collapse: Literal["stop", "warn", "off"] = "warn"
+    """What the collapse guard does when the teacher's outputs lose their entropy."""
+    collapse_floor: float = Field(0.02, ge=0, le=1)
+    """Collapsed: entropy of the mean teacher output below this share of ln(out_dim)."""
+    collapse_ceiling: float = Field(0.999, ge=0, le=1)
+    """Collapsed: mean entropy per sample above this share of ln(out_dim)."""
+    collapse_patience: int = Field(10, ge=1)
+    """Consecutive log points outside the bounds before the guard acts."""
+
+
+class Optimisation(Section):
+    """AdamW and its schedule, in steps: the budget is the same whatever the number of tiles."""
+
+    steps: Duration = "300 epochs"
+    """Length of the stage: steps, or `N epochs`."""
+    minibatch: int = Field(128, ge=1)
+    """Samples per step over all workers (a sample of a pair has two tiles)."""
+    lr: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
+    lr_start: float = Field(1e-8, ge=0)
+    """Learning rate at step 0."""
+    lr_end: float = Field(1e-6, ge=0)
+    """Learning rate at the last step (cosine)."""
+    warmup: Duration = "10 epochs"
+    """Linear warm-up."""
+    weight_decay: float = Field(1e-5, ge=0)
+    """Weight decay at step 0; none on biases and 1-D tensors."""
+    weight_decay_end: float = Field(1e-4, ge=0)
+    """Weight decay at the last step (cosine)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    clip: float = Field(1.0, gt=0)
+    """Largest global norm of the gradient."""
+
+
+class Classify(Optimisation):
+    """The labelled stage on the source: the supervised model, or the classifier of a dual model."""
+
+    steps: Duration = "50 epochs"
+    """Length of the stage: steps, or `N epochs`."""
+    warmup: Duration = "3 epochs"
+    """Linear warm-up."""
+    lr_end: float = Field(1e-4, ge=0)
+    """Learning rate at the last step; equal to lr it stays constant, as in the released configuration."""
+    weight_decay_end: float = Field(1e-5, ge=0)
+    """Weight decay at the last step (cosine)."""
+    select: Literal["best", "last"] = "best"
+    """Which weights are kept: best accuracy on the source's held-out plate, or the last."""
+    validate_every: int = Field(200, ge=1)
+    """Steps between scores on the held-out plate."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Stochastic depth of the network that is trained."""
+
+
+class Adapt(Optimisation):
+    """The label-free stage on the target: DINO continues on the feature extractor alone."""
+
+    no_partner: Literal["error", "same-image"] = "error"
+    """A compound that has no tile in another batch: stop before training, or pair the tile with itself."""
+    partner_pool: Literal["source", "unit"] = "source"
+    """Where partners come from: the other batches of the whole target source, or only those of the unit itself."""
+
+
+class Train(Section):
+    """Where and how a stage runs."""
+
+    workers: str = Field("0", pattern=r"^\d+(-\d+)?$")
+    """Ray Train workers of one stage: `0` runs it inside one warm Ray task (small units), `4` on four workers, `1-4` elastic."""
+    cpus_per_worker: float = Field(0.75, gt=0)
+    """CPUs reserved per worker; what the workers leave is for the tasks that read tiles."""
+    gpus_per_worker: float = Field(0.0, ge=0)
+    """GPUs reserved per worker; a fraction packs several small units on one GPU."""
+    threads: int = Field(1, ge=1)
+    """Torch threads per worker on the CPU."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the device has it in hardware, fp32 elsewhere."""
+    checkpoint_every: int = Field(500, ge=1)
+    """Steps between checkpoints."""
+    log_every: int = Field(20, ge=1)
+    """Steps between log points."""
+    knn_every: int = Field(0, ge=0)
+    """Steps between k-NN scores of the teacher in pre-training (source labels); 0 turns them off."""
+    max_failures: int = Field(3, ge=0)
+    """How often a stage restarts after losing a worker."""
+
+
+class Evaluate(Section):
+    """Scoring and embedding."""
+
+    minibatch: int = Field(256, ge=1)
+    """Tiles per forward pass and worker."""
+
+
+class Tracking(Section):
+    """MLflow. The address comes from MLFLOW_TRACKING_URI, else it is `mlflow.db` in the results folder."""
+
+    enabled: bool = True
+    """Log to MLflow at all; results are complete without it."""
+    experiment: str = "coda_ray"
+    """MLflow experiment."""
+
+
+class Matrix(Section):
+    """What jobs/matrix.py runs: every source x target x method x granularity x seed."""
+
+    sources: list[str] = []
+    """Sources to train on."""
+    targets: list[str] = []
+    """Targets to adapt to; the source itself is scored on its held-out plate."""
+    methods: list[Method] = ["supervised", "dual-cb", "oda", "coda"]
+    """Rows of the result matrix."""
+    granularities: list[Granularity] = ["source"]
+    """Units of adaptation."""
+    seeds: list[int] = [0]
+    """Seeds; the matrix shows mean and standard deviation over them."""
+
+
+class Config(Section):
+    """Everything that decides a result, and where things are."""
+
+    bucket: Place = Place(address="s3://cellpainting-gallery", anonymous=True, region="us-east-1")
+    """Raw images and image lists."""
+    metadata: Place = Place(address="metadata")
+    """Plate, well, compound, microscope and MoA tables."""
+    tiles: Place = Place(address="tiles")
+    """The tile store."""
+    results: Place = Place(address="results")
+    """Results: a folder per stage, and transfers.parquet."""
+    ingest: Ingest = Ingest()
+    """Ingest."""
+    stream: Stream = Stream()
+    """Stream."""
+    model: Model = Model()
+    """Network."""
+    views: Views = Views()
+    """Views."""
+    dino: Dino = Dino()
+    """DINO."""
+    pretrain: Optimisation = Optimisation()
+    """Self-supervised pre-training on the source."""
+    classify: Classify = Classify()
+    """Labelled training on the source."""
+    adapt: Adapt = Adapt()
+    """Adaptation on the target."""
+    evaluate: Evaluate = Evaluate()
+    """Evaluation."""
+    train: Train = Train()
+    """Workers, precision, checkpoints."""
+    held_out: dict[str, str] = {}
+    """Held-out plate of each source (source=plate); the last plate by batch and name where a source is not named."""
+    tracking: Tracking = Tracking()
+    """MLflow."""
+    matrix: Matrix = Matrix()
+    """The result matrix."""
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; its text names field, value and remedy."""
+
+
+def parse_job(model: type[C], argv: Sequence[str] | None = None, *, prog: str, description: str) -> C:
+    """Read a job's configuration from the command line, or end the process.
+
+    Parameters
+    ----------
+    model
+        The pydantic model of the job's whole configuration.
+    argv
+        Command line without the program's name; by default the process's own.
+    prog, description
+        Shown by `--help`.
+
+    Returns
+    -------
+    BaseModel
+        The checked configuration.
+
+    Raises
+    ------
+    SystemExit
+        With code 0 after `--help` and `--print-config`, with code 2 and one message after a wrong value.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--config", metavar="FILE.yaml", help="configuration file; the options below override it")
+    own.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    known, overrides = own.parse_known_args(argv)
+    try:
+        config = build_config(model, known.config, overrides, prog=prog, description=description, parents=[own])
+    except ConfigError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if known.print_config:
+        print(dump_config(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def build_config(
+    model: type[C],
+    file: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    prog: str = "coda_ray",
+    description: str = "",
+    parents: Sequence[argparse.ArgumentParser] = (),
+) -> C:
+    """Build a checked configuration from a YAML file and dotted overrides.
+
+    Raises
+    ------
+    ConfigError
+        When the file cannot be read or a value is wrong: names the field, the value and the remedy.
+    """
+
+    class Job(BaseSettings, model):  # type: ignore[misc, valid-type]
+        model_config = SettingsConfigDict(
+            frozen=True, extra="forbid", use_attribute_docstrings=True, cli_kebab_case=True, protected_namespaces=()
+        )
+
+        @classmethod
+        def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> tuple[Any, ...]:
+            return (init_settings,)
+
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [-h] [--config FILE.yaml] [--print-config] [--section.field VALUE ...]",
+        description=description,
+        parents=list(parents),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    values = _read_yaml(file)
+    try:
+        source: PydanticBaseSettingsSource = CliSettingsSource(Job, root_parser=parser, cli_parse_args=list(overrides))
+        job = Job(_cli_settings_source=source, **values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, model)) from None
+    return model.model_validate(job.model_dump())
+
+
+def dump_config(config: BaseModel) -> str:
+    """Write a configuration as YAML that `--config` reads back."""
+    return cast(str, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _read_yaml(file: str | None) -> dict[str, Any]:
+    """Read a YAML mapping; no file is an empty one."""
+    if file is None:
+        return {}
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {error.strerror}; give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {file}: not YAML: {error}") from None
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"--config {file}: holds a {type(values).__name__}; it must be a mapping of sections")
+    return values or {}
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line per wrong field: name, value, what is expected, how to give it."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        path = [str(part) for part in problem["loc"]]
+        name = ".".join(part for part in path if part not in ("int", "str")) or "config"
+        option = f"--{name.replace('_', '-')}"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(path[-1], _fields_at(model, path[:-1]), n=1)
+            message = f"there is no such field{f'; did you mean {near[0]!r}?' if near else ''}"
+        elif problem["type"] == "missing":
+            lines.append(f"{name} is missing; remedy: give {option}, or {name} in the configuration file")
+            continue
+        value = problem["input"]
+        shown = "" if isinstance(value, (dict, BaseModel)) else f" = {value!r}"
+        lines.append(f"{name}{shown}: {message}; remedy: correct {option} or the configuration file (see --help)")
+    return "\n".join(lines)
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """Names of the fields that stand at a dotted path."""
+    for part in path:
+        field = model.model_fields.get(part)
+        kind = field.annotation if field else None
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            return []
+        model = kind
+    return list(model.model_fields)

@@ -1,0 +1,1 @@
+"""JUMP Cell Painting: bucket layout, metadata tables, MoA rule, image preparation, ingest, simulator."""

@@ -1,0 +1,219 @@
+"""The vision transformer of every role (feature extractor, classifier, supervised model), built by timm."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+from safetensors.torch import load_file
+from timm.layers.config import set_fused_attn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class VitSpec:
+    """Name and sizes of a vision transformer.
+
+    Parameters
+    ----------
+    name
+        A timm vision transformer such as `deit_small_patch16_224`, or `vit` for one of the sizes below.
+    image_size
+        Side of the global view (px); smaller views get interpolated position embeddings. A timm name leaves
+        it None to keep its own.
+    channels
+        Image channels.
+    patch, width, depth, heads
+        Sizes of `vit`; None with a timm name, which has its own.
+    """
+
+    name: str
+    image_size: int | None
+    channels: int
+    patch: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check that sizes are given where, and only where, they are used."""
+        sizes = {"patch": self.patch, "width": self.width, "depth": self.depth, "heads": self.heads}
+        if self.name != "vit":
+            given = [key for key, value in sizes.items() if value is not None]
+            if given:
+                raise ValueError(
+                    f"{self.name} has its own {', '.join(given)}: leave them out, or use model 'vit'"
+                )
+            return
+        missing = [key for key, value in {"image_size": self.image_size, **sizes}.items() if value is None]
+        if missing:
+            raise ValueError(f"model 'vit' needs {', '.join(missing)}")
+
+
+def build_vit(spec: VitSpec, *, drop_path: float) -> VisionTransformer:
+    """Build a transformer with random weights, without a classification head.
+
+    Parameters
+    ----------
+    spec
+        Which one.
+    drop_path
+        Stochastic depth of the last block; it rises linearly from 0 at the first (Huang et al., ECCV 2016).
+
+    Returns
+    -------
+    timm.models.vision_transformer.VisionTransformer
+        Attention is `scaled_dot_product_attention`; any image size that is a multiple of the patch is
+        accepted.
+
+    Raises
+    ------
+    ValueError
+        When timm has no plain vision transformer of that name.
+    """
+    set_fused_attn(True)
+    if spec.name == "vit":
+        return VisionTransformer(
+            img_size=cast(int, spec.image_size),
+            patch_size=cast(int, spec.patch),
+            in_chans=spec.channels,
+            embed_dim=cast(int, spec.width),
+            depth=cast(int, spec.depth),
+            num_heads=cast(int, spec.heads),
+            num_classes=0,
+            dynamic_img_size=True,
+            drop_path_rate=drop_path,
+        )
+    return _create(spec.name, spec.channels, spec.image_size, drop_path=drop_path, pretrained=False)
+
+
+def tokens(vit: VisionTransformer, images: Tensor) -> Tensor:
+    """Embed images.
+
+    Parameters
+    ----------
+    vit
+        The transformer.
+    images
+        (B, C, S, S) float, S a multiple of the patch.
+
+    Returns
+    -------
+    Tensor
+        (B, 1 + N, D): the CLS token, then N patch tokens, after the final LayerNorm.
+    """
+    return vit.forward_features(images)
+
+
+def initialise(vit: VisionTransformer, init: str) -> None:
+    """Give a transformer its initial weights, in place.
+
+    Parameters
+    ----------
+    vit
+        As made by `build_vit`.
+    init
+        `imagenet`: timm's weights of that name. `random`: the weights that `build_vit` drew. Otherwise the
+        path of a local `.safetensors` file in timm's layout; its classification head (`head.*`) is ignored.
+
+    Raises
+    ------
+    RuntimeError
+        When ImageNet weights cannot be had.
+    ValueError
+        When the file does not hold the weights of this transformer; names the keys.
+    FileNotFoundError
+        When there is no such file.
+    """
+    if init == "random":
+        return
+    if init == "imagenet":
+        load_exactly(vit, _imagenet(vit), "timm's ImageNet weights")
+        return
+    path = Path(init)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"init = {init!r}: give imagenet, random, or the path of a .safetensors file")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"init = {init!r}: no such file; give imagenet, random, or a .safetensors file"
+        )
+    state = load_file(path)
+    load_exactly(vit, {key: value for key, value in state.items() if not key.startswith("head.")}, str(path))
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Load a state that must fit to the last key and shape.
+
+    Parameters
+    ----------
+    module
+        Receives the values, in place.
+    state
+        One tensor per parameter and buffer.
+    origin
+        Where the state comes from, for the message.
+
+    Raises
+    ------
+    ValueError
+        Names what is missing, what is too much and what has another shape.
+    """
+    own = module.state_dict()
+    faults = [f"lacks {key}" for key in own.keys() - state.keys()]
+    faults += [f"has {key}, which is not in the model" for key in state.keys() - own.keys()]
+    faults += [
+        f"has {key} of shape {tuple(state[key].shape)}, the model has {tuple(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if state[key].shape != own[key].shape
+    ]
+    if faults:
+        shown = "; ".join(sorted(faults)[:8]) + ("; ..." if len(faults) > 8 else "")
+        raise ValueError(f"{origin} does not fit {type(module).__name__}: it {shown} ({len(faults)} faults)")
+    module.load_state_dict(dict(state))
+
+
+def _create(
+    name: str, channels: int, image_size: int | None, *, drop_path: float, pretrained: bool
+) -> VisionTransformer:
+    """Make timm's model of that name, and insist that it is a plain ViT with a CLS token."""
+    sizes: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    try:
+        model = timm.create_model(
+            name,
+            pretrained=pretrained,
+            num_classes=0,
+            in_chans=channels,
+            dynamic_img_size=True,
+            drop_path_rate=drop_path,
+            **sizes,
+        )
+    except TypeError:  # timm's other architectures do not take dynamic_img_size
+        model = None
+    except RuntimeError as error:
+        if "Unknown model" not in str(error):
+            raise
+        model = None
+    if not isinstance(model, VisionTransformer) or not model.has_class_token or model.num_prefix_tokens != 1:
+        raise ValueError(
+            f"model {name!r}: timm has no plain vision transformer of that name; try deit_small_patch16_224"
+        )
+    return model
+
+
+def _imagenet(vit: VisionTransformer) -> dict[str, Tensor]:
+    """Fetch the ImageNet weights of the architecture that `vit` was built from."""
+    remedy = "give the path of a local .safetensors file as init, or init = random"
+    name = (getattr(vit, "pretrained_cfg", None) or {}).get("architecture")
+    if not name:
+        raise RuntimeError(f"init = imagenet: a transformer of free sizes has no ImageNet weights; {remedy}")
+    side = vit.patch_embed.img_size[0]
+    try:
+        source = _create(name, vit.patch_embed.proj.in_channels, side, drop_path=0.0, pretrained=True)
+    except Exception as error:  # the network, the hub's client and its cache each raise their own kind
+        raise RuntimeError(
+            f"init = imagenet: the weights of {name} could not be had; {remedy} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return source.state_dict()

@@ -1,0 +1,165 @@
+"""The tiles of each stage: training and held-out plates of a source, units of a target, and their cross-batch partners."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from coda_ray.config import Config, Granularity, Ingest, Place
+from coda_ray.jump.prepare import preparation_of
+from coda_ray.storage import open_place
+from coda_ray.tiles.plan import Partners, SamplePlan
+from coda_ray.tiles.reader import TileSource
+from coda_ray.tiles.store import COMPOUND, LABEL, UNIT_COLUMNS, TileIndex, TileStore
+
+
+class DataError(ValueError):
+    """Tiles that a stage cannot use as configured; the text names them and the remedy."""
+
+
+def load_tiles(config: Config, source: str) -> TileIndex:
+    """Load the index of one source from the tile store, once per process."""
+    return _load(config.tiles.model_dump_json(), config.ingest.model_dump_json(), source)
+
+
+@lru_cache(maxsize=16)
+def _load(tiles: str, ingest: str, source: str) -> TileIndex:
+    """Load by value, because configurations are no dictionary keys."""
+    config = Config(tiles=Place.model_validate_json(tiles), ingest=Ingest.model_validate_json(ingest))
+    return TileStore.open(open_place(config.tiles), preparation_of(config)).index([source])
+
+
+def held_out_plate(config: Config, source: str) -> str:
+    """Name the plate of a source that no training sees.
+
+    Raises
+    ------
+    DataError
+        When the configured plate is not there, or the source has a single plate.
+    """
+    plates = load_tiles(config, source).frame[["Metadata_Batch", "Metadata_Plate"]].drop_duplicates()
+    names = plates.sort_values(["Metadata_Batch", "Metadata_Plate"])["Metadata_Plate"].tolist()
+    chosen = config.held_out.get(source, names[-1])
+    if chosen not in names:
+        raise DataError(f"held_out.{source} = {chosen!r}: no such plate; {source} has {', '.join(names)}")
+    if len(names) == 1:
+        raise DataError(f"{source} has the single plate {chosen!r}, which is held out: nothing is left to train on; ingest more plates")
+    return chosen
+
+
+def training_tiles(config: Config, source: str) -> TileIndex:
+    """Tiles of a source without its held-out plate."""
+    index = load_tiles(config, source)
+    return index.where(index.frame["Metadata_Plate"] != held_out_plate(config, source))
+
+
+def held_out_tiles(config: Config, source: str) -> TileIndex:
+    """Tiles of a source's held-out plate."""
+    return load_tiles(config, source).unit("plate", held_out_plate(config, source))
+
+
+def classes_of(config: Config, source: str) -> list[str]:
+    """Sorted MoA labels of a source's training tiles.
+
+    Raises
+    ------
+    DataError
+        When fewer than two are there.
+    """
+    names = sorted(training_tiles(config, source).labelled().frame[LABEL].unique())
+    if len(names) < 2:
+        raise DataError(f"{source}: its training tiles carry {len(names)} MoA label(s); give the MoA tables to jobs/ingest.py")
+    return names
+
+
+def label_codes(index: TileIndex, classes: list[str]) -> NDArray[np.int64]:
+    """Class of each tile, -1 where it has none of these labels."""
+    return pd.Categorical(index.frame[LABEL], categories=classes).codes.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class UnlabelledTiles:
+    """What self-supervision sees: anchors, and the pool that their partners come from; no labels.
+
+    Parameters
+    ----------
+    pool
+        Tiles without the label column.
+    anchors
+        (A,) int64 rows of the pool that samples start from.
+    """
+
+    pool: TileIndex
+    anchors: NDArray[np.int64]
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the anchors and of the pool."""
+        return {"anchors": self.pool.where(self._mask()).fingerprint, "pool": self.pool.fingerprint}
+
+    def _mask(self) -> NDArray[np.bool_]:
+        mask = np.zeros(len(self.pool), bool)
+        mask[self.anchors] = True
+        return mask
+
+    def partners(self) -> Partners:
+        """Index the pool by compound and batch."""
+        codes = [pd.factorize(self.pool.frame[name])[0].astype(np.int64) for name in (COMPOUND, UNIT_COLUMNS["batch"])]
+        return Partners.build(*codes)
+
+    def source(self, *, seed: int, crop: int, cross_batch: bool) -> TileSource:
+        """Describe the stream."""
+        partners = self.partners() if cross_batch else None
+        return TileSource(self.pool, SamplePlan(seed, self.anchors, partners), crop)
+
+    def check_partners(self, config: Config, what: str) -> str | None:
+        """Report compounds that have no tile in another batch.
+
+        Returns
+        -------
+        str or None
+            A sentence for the log where the configuration lets such tiles be their own partner.
+
+        Raises
+        ------
+        DataError
+            Where it does not.
+        """
+        lonely = self.anchors[self.partners().count(self.anchors) == 0]
+        if not len(lonely):
+            return None
+        names = sorted({str(name) for name in self.pool.frame[COMPOUND].iloc[lonely]})
+        told = (
+            f"{what}: {len(lonely)} of {len(self.anchors)} tiles have no partner, because {len(names)} compound(s) have no tile "
+            f"in another batch: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        )
+        if config.adapt.no_partner == "error":
+            raise DataError(
+                f"{told}; remedies: --adapt.no-partner same-image (views of one image), "
+                "--adapt.partner-pool source (partners from the whole target), or method oda"
+            )
+        return f"{told}; each is its own partner"
+
+
+def unlabelled(index: TileIndex) -> UnlabelledTiles:
+    """Every tile is an anchor and a possible partner."""
+    return UnlabelledTiles(index.without_labels(), np.arange(len(index), dtype=np.int64))
+
+
+def adaptation_tiles(config: Config, target: str, granularity: Granularity, unit: str) -> UnlabelledTiles:
+    """Tiles of one unit of a target, with partners from `adapt.partner_pool`.
+
+    Raises
+    ------
+    DataError
+        When the target has no such unit.
+    """
+    whole = load_tiles(config, target).without_labels()
+    inside = (whole.frame[UNIT_COLUMNS[granularity]] == unit).to_numpy()
+    if not inside.any():
+        raise DataError(f"{target} has no {granularity} {unit!r}; it has {', '.join(whole.units(granularity))}")
+    if config.adapt.partner_pool == "unit":
+        return unlabelled(whole.where(inside))
+    return UnlabelledTiles(whole, np.flatnonzero(inside).astype(np.int64))

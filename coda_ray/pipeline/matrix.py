@@ -1,0 +1,249 @@
+"""Running transfers: every stage once, side by side on the Ray cluster, then scores, tables and MLflow."""
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import ray
+
+from coda_ray.config import Config
+from coda_ray.pipeline.stage import Stage
+from coda_ray.pipeline.transfer import Request, Transfer, plan, score, stages_of
+from coda_ray.storage import Folder, open_place
+from coda_ray.tiles.store import content_key
+from coda_ray.tracking.figures import matrix_heatmap
+from coda_ray.tracking.runs import Tracker
+from coda_ray.tracking.table import compile_transfers, job_matrix, select
+from coda_ray.training.launch import resources, workers_of
+from coda_ray.training.loop import Report
+
+log = logging.getLogger(__name__)
+
+
+class StagesFailedError(RuntimeError):
+    """Some stages failed; the others are finished and kept."""
+
+
+@dataclass
+class Outcome:
+    """What a job brought.
+
+    Parameters
+    ----------
+    transfers
+        Rows of `transfers.parquet` that belong to this job.
+    matrix
+        Tidy table of every score and granularity.
+    heatmap
+        Address of the picture.
+    """
+
+    transfers: pd.DataFrame
+    matrix: pd.DataFrame
+    heatmap: str
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def run_transfers(
+    config: Config, requests: Sequence[Request], *, kind: str, name: str, command: str, say: Callable[[str], None]
+) -> Outcome:
+    """Run what is missing of some requests, score them, and log them.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    requests
+        Cells of the matrix.
+    kind, name, command
+        What the job is called, for MLflow: `adapt` or `matrix`, a title, the command line.
+    say
+        Receives lines of progress.
+
+    Returns
+    -------
+    Outcome
+        Tables of this job.
+
+    Raises
+    ------
+    DataError
+        Before anything runs, when tiles, labels or partners are not there.
+    StagesFailedError
+        At the end, when stages failed; whatever could be finished is.
+    """
+    results = open_place(config.results)
+    transfers = list({t.key: t for request in requests for t in plan(config, request)}.values())
+    stages = stages_of(transfers)
+    job: dict[str, Any] = {
+        "key": content_key({"kind": kind, "requests": [vars(request) for request in requests], "stages": [s.key for s in stages]}),
+        "kind": kind,
+        "name": name,
+        "command": command,
+        "config": config.model_dump(mode="json"),
+        "transfers": [transfer.key for transfer in transfers],
+        "stages": [stage.path for stage in stages if stage.kind in ("pretrain", "classify")],
+    }
+    results.write(f"jobs/{job['key']}.json", json.dumps(job, indent=1).encode())
+    tracker = Tracker.open(config.tracking, results)
+    try:
+        tracker.start_job(job)
+        runner = _Runner(config, results, transfers, stages, tracker, say)
+        failures = runner.run()
+        table = compile_transfers(results)
+        outcome = _tables(results, job, table, tracker)
+    finally:
+        tracker.close()
+    if failures:
+        told = "\n".join(f"  {title}: {reason}" for title, reason in failures.items())
+        raise StagesFailedError(
+            f"{len(failures)} of {len(stages)} stages failed, and with them what needs them; the rest is finished:\n{told}\n"
+            "the same command again runs only what is missing"
+        )
+    return outcome
+
+
+def _tables(results: Folder, job: dict[str, Any], table: pd.DataFrame, tracker: Tracker) -> Outcome:
+    """Tabulate and draw a job's transfers."""
+    own = table[table["key"].isin(job["transfers"])].reset_index(drop=True)
+    if own.empty:
+        return Outcome(own, own, "")
+    matrix = job_matrix(table, job)
+    granularity = matrix["granularity"].iloc[0]
+    figure = matrix_heatmap(select(matrix, "accuracy", granularity), "accuracy")
+    path = f"jobs/{job['key']}-matrix.png"
+    results.write(path, _png(figure))
+    results.write(f"jobs/{job['key']}-matrix.csv", matrix.to_csv(index=False).encode())
+    tracker.finish_job(job, matrix, figure)
+    return Outcome(own, matrix, results.address(path))
+
+
+def _png(figure: Any) -> bytes:
+    """Render a figure."""
+    import io
+
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=150)
+    return sink.getvalue()
+
+
+class _Runner:
+    """Hands the stages to Ray, in an order in which each stands after those it needs; Ray packs them."""
+
+    def __init__(
+        self,
+        config: Config,
+        results: Folder,
+        transfers: Sequence[Transfer],
+        stages: Sequence[Stage],
+        tracker: Tracker,
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.results, self.tracker, self.say = config, results, tracker, say
+        self.stages = stages
+        self.scored: dict[str, list[Transfer]] = defaultdict(list)
+        self.trained: dict[str, list[Transfer]] = defaultdict(list)
+        for transfer in transfers:
+            self.scored[transfer.evaluation.key].append(transfer)
+            if transfer.trained:
+                self.trained[transfer.trained.key].append(transfer)
+        self.running: dict[ray.ObjectRef[dict[str, Any]], Stage] = {}
+        self.references: dict[str, ray.ObjectRef[dict[str, Any]]] = {}
+        self.failures: dict[str, str] = {}
+        self.finished = 0
+
+    def run(self) -> dict[str, str]:
+        """Run every stage; return the reasons of those that failed."""
+        done = {stage.key for stage in self.stages if stage.facts(self.results) is not None}
+        self.finished = len(done)
+        self.say(f"{len(self.stages)} stages, {len(done)} of them finished before")
+        limit = self._at_a_time()
+        for stage in self.stages:
+            if stage.key in done:
+                self._score(stage)
+                continue
+            while len(self.running) >= limit:
+                self._wait()
+            self._submit(stage)
+        while self.running:
+            self._wait()
+        return self.failures
+
+    def _submit(self, stage: Stage) -> None:
+        """Hand one stage to Ray; it starts when its needs are finished and its resources free."""
+        needs = [self.references[need.key] for need in stage.needs if need.key in self.references]
+        train = self.config.train
+        inside = workers_of(train)[1] == 0
+        wanted = resources(train) if inside else {}
+        reference = _run_stage.options(
+            name=stage.title,
+            num_cpus=wanted.get("CPU", 0),
+            num_gpus=wanted.get("GPU", 0),
+            max_retries=train.max_failures,
+        ).remote(stage, self.config, self._report(stage), *needs)
+        self.references[stage.key] = reference
+        self.running[reference] = stage
+
+    def _report(self, stage: Stage) -> Report | None:
+        """Choose where a stage's curve is shown while it grows."""
+        of_transfer = self.trained.get(stage.key)
+        if of_transfer:
+            transfer = of_transfer[0]
+            return self.tracker.live({**transfer.identity, "key": transfer.key, "kind": "transfer"})
+        if stage.kind in ("pretrain", "classify"):
+            return self.tracker.live({"key": stage.key, "name": stage.title, "kind": "stage"})
+        return None
+
+    def _wait(self) -> None:
+        """Take the next stage that ends."""
+        (reference,), _ = ray.wait(list(self.running), num_returns=1)
+        stage = self.running.pop(reference)
+        try:
+            ray.get(reference)
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            self.failures[stage.title] = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause) else ''}"
+            log.debug("%s failed", stage.title, exc_info=error)
+            self.say(f"failed: {stage.title}: {self.failures[stage.title]}")
+            return
+        self.finished += 1
+        self.say(f"[{self.finished}/{len(self.stages)}] {stage.title}")
+        self._score(stage)
+
+    def _score(self, stage: Stage) -> None:
+        """Send a finished stage's curve, and score the transfers that it answers for."""
+        if stage.kind in ("pretrain", "classify"):
+            self.tracker.stage(stage.title, stage.key, stage.path)
+        wanted = self.scored.get(stage.key, [])
+        for record in score(self.config, self.results, wanted):
+            self.results.write(f"transfers/{record['key']}.json", json.dumps(record, indent=1).encode())
+            self.tracker.transfer(record)
+
+    def _at_a_time(self) -> int:
+        """How many stages are handed out: any number of small ones, which Ray queues; of worker groups what fits."""
+        train = self.config.train
+        low, _ = workers_of(train)
+        if low == 0:
+            return max(1, len(self.stages))
+        have = ray.cluster_resources()
+        return max(1, min(int(have.get(name, 0) // (amount * low)) for name, amount in resources(train).items()))
+
+
+@ray.remote(max_calls=0)
+def _run_stage(stage: Stage, config: Config, report: Report | None, *needs: dict[str, Any]) -> dict[str, Any]:
+    """Run one stage in a warm Ray task; `needs` are there for their order alone.
+
+    max_calls=0 keeps the process, and what it has imported, for the next stage on GPUs too.
+    """
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    try:
+        return stage.run(config, report)
+    finally:
+        close = getattr(report, "close", None)
+        if close is not None:
+            close()

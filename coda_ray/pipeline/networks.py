@@ -1,0 +1,73 @@
+"""From the configuration to the networks and objectives of `learn/`."""
+
+from coda_ray.config import Config, steps_of
+from coda_ray.learn.dino import CollapseGuard, DinoLoss
+from coda_ray.learn.dual import DualModel
+from coda_ray.learn.heads import DinoHead
+from coda_ray.learn.objectives import DinoObjective, DinoSchedule
+from coda_ray.learn.supervised import SupervisedModel
+from coda_ray.learn.views import ViewRecipe
+from coda_ray.learn.vit import VitSpec, build_vit, initialise
+
+
+def vit_spec(config: Config, channels: int) -> VitSpec:
+    """Sizes of the transformer."""
+    model = config.model
+    if model.arch != "vit":
+        return VitSpec(model.arch, None, channels)
+    return VitSpec("vit", config.views.size_global, channels, model.patch, model.width, model.depth, model.heads)
+
+
+def recipe(config: Config) -> ViewRecipe:
+    """How views are cut."""
+    return ViewRecipe(**config.views.model_dump())
+
+
+def dino_objective(config: Config, *, channels: int, steps: int, steps_per_epoch: int, seed: int) -> DinoObjective:
+    """Build student, teacher, head and loss from initial weights."""
+    dino = config.dino
+    backbone = build_vit(vit_spec(config, channels), drop_path=dino.drop_path)
+    initialise(backbone, config.model.init)
+    head = DinoHead(
+        backbone.embed_dim, hidden=dino.head_hidden, bottleneck=dino.head_bottleneck, out_dim=dino.out_dim
+    )
+    schedule = DinoSchedule(
+        steps=steps,
+        ema_start=dino.ema_start,
+        ema_end=dino.ema_end,
+        teacher_temperature_start=dino.teacher_temperature_start,
+        teacher_temperature=dino.teacher_temperature,
+        teacher_temperature_ramp=steps_of(dino.teacher_temperature_ramp, steps_per_epoch),
+        freeze_last_layer=steps_of(dino.freeze_last_layer, steps_per_epoch),
+    )
+    criterion = DinoLoss(
+        dino.out_dim,
+        student_temperature=dino.student_temperature,
+        centre_momentum=dino.centre_momentum,
+        centering=dino.centering,
+    )
+    return DinoObjective(
+        backbone, head, criterion, schedule=schedule, recipe=recipe(config), koleo_weight=dino.koleo_weight, seed=seed
+    )
+
+
+def collapse_guard(config: Config) -> CollapseGuard:
+    """Build the guard of the teacher's entropy."""
+    dino = config.dino
+    return CollapseGuard(
+        dino.out_dim,
+        floor=dino.collapse_floor,
+        ceiling=dino.collapse_ceiling,
+        patience=dino.collapse_patience,
+        action=dino.collapse,
+    )
+
+
+def classifier_model(config: Config, *, channels: int, classes: int, dual: bool) -> SupervisedModel | DualModel:
+    """Build the model of the labelled stage; a dual model's extractor still waits for its weights."""
+    spec = vit_spec(config, channels)
+    trained = build_vit(spec, drop_path=config.classify.drop_path)
+    initialise(trained, config.model.init)
+    if not dual:
+        return SupervisedModel(trained, classes)
+    return DualModel(build_vit(spec, drop_path=0.0), trained, classes)

@@ -1,0 +1,80 @@
+"""What a person sees of a job: progress, tables, where the results are, and an exit code."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from coda_ray.cluster import start_ray
+from coda_ray.config import Config
+from coda_ray.learn.dino import CollapseError
+from coda_ray.pipeline.data import DataError
+from coda_ray.pipeline.matrix import Outcome, StagesFailedError, run_transfers
+from coda_ray.pipeline.transfer import Request
+from coda_ray.storage import open_place
+from coda_ray.tracking.records import SCORES
+from coda_ray.tracking.table import TITLES, render_matrix, select
+
+
+def run_job(config: Config, requests: Sequence[Request], *, kind: str, name: str) -> int:
+    """Run a job to its exit code.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    requests
+        Cells of the matrix.
+    kind, name
+        What the job is called.
+
+    Returns
+    -------
+    int
+        0; 1 when stages failed; 2 when the tiles cannot be used as configured.
+    """
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    start_ray()
+    try:
+        outcome = run_transfers(
+            config,
+            requests,
+            kind=kind,
+            name=name,
+            command=shlex.join(["python", *sys.argv]),
+            say=lambda line: console.print(line, markup=False, highlight=False),
+        )
+    except (DataError, FileNotFoundError) as error:
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        return 2
+    except (StagesFailedError, CollapseError) as error:
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        return 1
+    _show(console, config, outcome)
+    return 0
+
+
+def _show(console: Console, config: Config, outcome: Outcome) -> None:
+    """Print the tables and where everything is."""
+    if len(outcome.transfers) <= 60:
+        console.print(transfers_table(outcome.transfers))
+    for granularity in outcome.matrix["granularity"].unique():
+        console.print(render_matrix(select(outcome.matrix, "accuracy", granularity)))
+    results = open_place(config.results)
+    console.print(f"transfers: {results.address('transfers.parquet')}", soft_wrap=True, highlight=False)
+    console.print(f"heat map:  {outcome.heatmap}", soft_wrap=True, highlight=False)
+
+
+def transfers_table(transfers: pd.DataFrame) -> Table:
+    """Lay out transfers row by row, scores in percent."""
+    table = Table(title="transfers")
+    names = ["source", "target", "method", "granularity", "unit", "scope", "seed", "n_images", "n_wells"]
+    for column in [*names, *SCORES, "steps"]:
+        table.add_column(f"{TITLES[column]} (%)" if column in TITLES else column, overflow="fold")
+    for row in transfers.to_dict("records"):
+        scores = [f"{100 * row[column]:.1f}" for column in SCORES]
+        table.add_row(*[str(row[column]) for column in names], *scores, str(row["steps"]))
+    return table

@@ -1,0 +1,87 @@
+"""A stage is a function of its inputs: its folder is named by their hash, and a finished one is never run again."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from coda_ray.config import Config
+from coda_ray.storage import Folder, open_place
+from coda_ray.tiles.store import content_key
+from coda_ray.training.launch import launch
+from coda_ray.training.loop import Report
+
+# Part of every key: raise it when a change of code changes results.
+RECIPE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of work and what it stands on.
+
+    Parameters
+    ----------
+    kind
+        `pretrain`, `classify`, `adapt` or `evaluate`.
+    title
+        For people.
+    inputs
+        Everything besides `needs` that decides the result; JSON.
+    needs
+        Stages whose results this one reads.
+    make
+        Given the stage's folder and where to report, returns the worker loop and its description.
+    """
+
+    kind: str
+    title: str
+    inputs: Mapping[str, Any]
+    make: Callable[[Folder, Report | None], tuple[Callable[[Mapping[str, Any]], dict[str, Any]], Any]] = field(
+        compare=False, repr=False
+    )
+    needs: tuple["Stage", ...] = ()
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of the inputs and of the stages below."""
+        needs = [stage.key for stage in self.needs]
+        return content_key({"recipe": RECIPE_VERSION, "kind": self.kind, "inputs": dict(self.inputs), "needs": needs})
+
+    @property
+    def path(self) -> str:
+        """Folder of the stage, relative to the results."""
+        return f"{self.kind}/{self.key}"
+
+    def facts(self, results: Folder) -> dict[str, Any] | None:
+        """Read what a finished stage wrote; None while it is unfinished."""
+        try:
+            return dict(json.loads(results.read(f"{self.path}/done.json")))
+        except FileNotFoundError:
+            return None
+
+    def run(self, config: Config, report: Report | None) -> dict[str, Any]:
+        """Run the stage, or continue it, unless it is finished already.
+
+        Parameters
+        ----------
+        config
+            Where the results are, and how workers are launched.
+        report
+            Receives rank 0's log points.
+
+        Returns
+        -------
+        dict
+            The stage's facts.
+        """
+        results = open_place(config.results)
+        done = self.facts(results)
+        if done is not None:
+            return done
+        folder = results.child(self.path)
+        note = {"stage": self.kind, "key": self.key, "title": self.title, "inputs": dict(self.inputs)}
+        note["needs"] = [stage.path for stage in self.needs]
+        folder.write("stage.json", json.dumps(note, indent=1).encode())
+        loop, run = self.make(folder, report)
+        return launch(loop, run, config.train, results)

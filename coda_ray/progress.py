@@ -1,0 +1,40 @@
+"""Progress of long work: a bar in a terminal, a line every few seconds elsewhere."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+@contextmanager
+def progress_bar(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Show progress while the block runs.
+
+    Parameters
+    ----------
+    title
+        What is being done.
+    unit
+        What is counted, in the plural.
+
+    Yields
+    ------
+    Callable
+        Takes how many are done and their total.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task(title, total=None)
+        last = time.monotonic()
+
+        def show(done: int, total: int) -> None:
+            nonlocal last
+            bar.update(task, completed=done, total=total)
+            if not bar.console.is_terminal and (done == total or time.monotonic() - last > SECONDS_BETWEEN_LINES):
+                print(f"{title}: {done}/{total} {unit}", flush=True)
+                last = time.monotonic()
+
+        yield show

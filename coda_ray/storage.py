@@ -1,0 +1,218 @@
+"""Addresses to file systems: one way to read and write, whether a folder, an S3 server or the public gallery.
+
+Writes appear whole or not at all. Permission and network errors are retried with back-off and then raised; a file that is
+not there is told at once. Keys come from the environment, as every AWS tool reads them.
+"""
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+from uuid import uuid4
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from coda_ray.config import Place
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+ATTEMPTS = 5
+FIRST_WAIT_S = 0.5
+# What a second try cannot mend.
+FINAL = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A place that was opened: paths below are relative to it, with forward slashes.
+
+    Parameters
+    ----------
+    fs
+        The fsspec file system.
+    root
+        Path of the folder inside that file system, without a trailing slash.
+    """
+
+    fs: Any
+    root: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this is a folder of this machine's file system."""
+        return isinstance(self.fs, LocalFileSystem)
+
+    def path(self, relative: str = "") -> str:
+        """Path inside the file system."""
+        return f"{self.root}/{relative}" if relative else self.root
+
+    def address(self, relative: str = "") -> str:
+        """Full address, as a person would write it."""
+        return self.path(relative) if self.is_local else f"s3://{self.path(relative)}"
+
+    def child(self, relative: str) -> "Folder":
+        """Open a folder inside this one."""
+        return Folder(self.fs, self.path(relative))
+
+    def exists(self, relative: str) -> bool:
+        """Whether a file or folder is there."""
+        return retrying(lambda: bool(self.fs.exists(self.path(relative))), self.address(relative))
+
+    def names(self, relative: str = "") -> list[str]:
+        """Sorted names directly inside a folder; empty where there is none."""
+        try:
+            found = retrying(lambda: self.fs.ls(self.path(relative), detail=False, refresh=True), self.address(relative))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        entries = {str(name).rstrip("/").rsplit("/", 1)[-1] for name in found if str(name).rstrip("/") != self.path(relative)}
+        return sorted(entries)
+
+    def read(self, relative: str) -> bytes:
+        """Read a whole file.
+
+        Raises
+        ------
+        FileNotFoundError
+            When it is not there.
+        OSError
+            When permission or network errors outlast the retries.
+        """
+        return retrying(lambda: cast(bytes, self.fs.cat_file(self.path(relative))), self.address(relative))
+
+    def read_address(self, address: str) -> bytes:
+        """Read a file by its full address, which may lie outside this folder (a local path, or another bucket here)."""
+        if self.is_local or not address.startswith("s3://"):
+            local = LocalFileSystem()
+            return retrying(lambda: cast(bytes, local.cat_file(address.removeprefix("file://"))), address)
+        return retrying(lambda: cast(bytes, self.fs.cat_file(address.removeprefix("s3://"))), address)
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes | Exception]:
+        """Read byte ranges `(relative path, start, end)` concurrently; a range that fails is returned as its error."""
+        results = self._cat_ranges(ranges)
+        for i, result in enumerate(results):
+            if isinstance(result, Exception) and not isinstance(result, FINAL):
+                results[i] = self._read_again(ranges[i], result)
+        return results
+
+    def _cat_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes | Exception]:
+        """One concurrent attempt at every range."""
+        paths, starts, ends = (list(column) for column in zip(*ranges, strict=True)) if ranges else ([], [], [])
+        found = self.fs.cat_ranges([self.path(path) for path in paths], starts, ends, on_error="return")
+        return list(found)
+
+    def _read_again(self, wanted: tuple[str, int, int], first: Exception) -> bytes | Exception:
+        """Retry one range with back-off."""
+
+        def attempt() -> bytes:
+            (found,) = self._cat_ranges([wanted])
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        log.debug("reading %s again after %r", self.address(wanted[0]), first)
+        try:
+            return retrying(attempt, self.address(wanted[0]))
+        except Exception as error:  # the caller decides, range by range
+            return error
+
+    def write(self, relative: str, data: bytes) -> None:
+        """Write a whole file, so that a reader sees the old one, the new one, and nothing between."""
+        path = self.path(relative)
+        if not self.is_local:
+            retrying(lambda: self.fs.pipe_file(path, data), self.address(relative))
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        temporary = f"{path}.{uuid4().hex}.part"
+        try:
+            Path(temporary).write_bytes(data)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    def delete(self, relative: str) -> None:
+        """Delete a file or a folder with all that is in it; nothing happens where there is none."""
+        try:
+            retrying(lambda: self.fs.rm(self.path(relative), recursive=True), self.address(relative))
+        except FileNotFoundError:
+            return
+
+
+def open_place(place: Place) -> Folder:
+    """Open a place of the configuration.
+
+    Parameters
+    ----------
+    place
+        `s3://bucket/prefix` (public, private or S3-compatible) or a folder.
+
+    Returns
+    -------
+    Folder
+        Picklable; opening makes no request.
+
+    Raises
+    ------
+    ValueError
+        When the address has another scheme.
+    """
+    scheme, separator, rest = place.address.partition("://")
+    if not separator or scheme == "file":
+        return Folder(LocalFileSystem(), str(Path(rest if separator else place.address).expanduser().resolve()))
+    if scheme != "s3":
+        raise ValueError(f"address = {place.address!r}: only s3://bucket/prefix and folders are known; correct the scheme")
+    options: dict[str, Any] = {}
+    if place.endpoint_url:
+        options["endpoint_url"] = place.endpoint_url
+    if place.region:
+        options["client_kwargs"] = {"region_name": place.region}
+    fs = fsspec.filesystem(
+        "s3",
+        anon=place.anonymous,
+        use_listings_cache=False,
+        config_kwargs={
+            # Other S3 servers answer errors to, or store, the checksum trailers that AWS alone understands.
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+            "connect_timeout": 20,
+            "read_timeout": 60,
+            "retries": {"max_attempts": 3, "mode": "standard"},
+        },
+        **options,
+    )
+    return Folder(fs, rest.strip("/"))
+
+
+def retrying(call: Callable[[], T], what: str) -> T:
+    """Call, and call again with exponential back-off after a permission or network error.
+
+    Parameters
+    ----------
+    call
+        The request.
+    what
+        Address, for the messages.
+
+    Raises
+    ------
+    FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError
+        At once.
+    OSError
+        After the last attempt, naming the address.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return call()
+        except FINAL:
+            raise
+        except (OSError, TimeoutError) as error:
+            if attempt == ATTEMPTS:
+                raise OSError(f"{what}: gave up after {ATTEMPTS} attempts: {type(error).__name__}: {error}") from error
+            wait = FIRST_WAIT_S * 2 ** (attempt - 1) * (1 + random.random())  # noqa: S311 (jitter, not a secret)
+            log.warning("%s: %s: %s; attempt %d of %d in %.1f s", what, type(error).__name__, error, attempt + 1, ATTEMPTS, wait)
+            time.sleep(wait)
+    raise AssertionError("unreachable")

@@ -1,0 +1,107 @@
+"""What a read task of the stream does: sample numbers in, tiles out. Imports no torch, so that task processes start fast."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from coda_ray.tiles.plan import Rows, SamplePlan
+from coda_ray.tiles.store import TileIndex, read_tiles
+
+REPLACEMENTS = 8
+READ_COLUMNS = ["shard", "offset", "height", "width", "crc32"]
+
+
+@dataclass(frozen=True)
+class TileSource:
+    """What a read task needs: where tiles are, which make a sample, and the labels only where they are asked for.
+
+    Parameters
+    ----------
+    index
+        Locations of the tiles; every Metadata_ column is dropped.
+    plan
+        Which rows make a sample.
+    crop
+        Side of the centre crop (px).
+    labels
+        (N,) int64 class per row for labelled training; None for everything label-free.
+    replace
+        Whether another sample stands in for one that cannot be read; without, it is marked `readable` = False.
+    """
+
+    index: TileIndex
+    plan: SamplePlan
+    crop: int
+    labels: NDArray[np.int64] | None = None
+    replace: bool = True
+
+    def __post_init__(self) -> None:
+        """Keep nothing but the columns that reading needs."""
+        slim = TileIndex(self.index.frame[READ_COLUMNS], self.index.folder, self.index.channels)
+        object.__setattr__(self, "index", slim)
+
+    def read(self, samples: Rows) -> dict[str, NDArray[Any]]:
+        """Read samples.
+
+        Parameters
+        ----------
+        samples
+            (M,) sample numbers.
+
+        Returns
+        -------
+        dict
+            `sample` (M,) int64; `tile` and, with pairs, `partner` (M, C, crop, crop) uint8; `label` (M,) int64 where
+            asked for; `row` (M,) int64; `replaced` (M,) int32 tiles that failed; `readable` (M,) bool;
+            `reason` (M,) str, empty where nothing failed.
+        """
+        anchors, partners = self.plan.rows(samples)
+        bad = np.zeros(len(samples), np.int32)
+        reasons = np.full(len(samples), "", object)
+        shape = (len(samples), len(self.index.channels), self.crop, self.crop)
+        images = np.zeros((1 if partners is None else 2, *shape), np.uint8)
+        todo = np.arange(len(samples))
+        for attempt in range(REPLACEMENTS + 1):
+            sides = [anchors] if partners is None else [anchors, partners]
+            found = read_tiles(self.index, np.concatenate([side[todo] for side in sides]), self.crop)
+            failed = []
+            for place, sample in enumerate(todo):
+                mine = found[place :: len(todo)]
+                errors = [tile for tile in mine if isinstance(tile, Exception)]
+                if errors:
+                    failed.append(sample)
+                    bad[sample] += len(errors)
+                    reasons[sample] = str(errors[0])
+                else:
+                    for side, tile in enumerate(mine):
+                        images[side, sample] = tile
+            todo = np.array(failed, np.int64)
+            if not len(todo) or not self.replace or attempt == REPLACEMENTS:
+                break
+            anchors[todo], other = self.plan.replacement(samples[todo], attempt)
+            if partners is not None and other is not None:
+                partners[todo] = other
+        readable = np.ones(len(samples), bool)
+        readable[todo] = False
+        columns = {"sample": samples, "row": anchors, "replaced": bad, "readable": readable, "reason": reasons.astype(str)}
+        columns["tile"] = images[0]
+        if partners is not None:
+            columns["partner"] = images[1]
+        if self.labels is not None:
+            columns["label"] = self.labels[anchors]
+        return columns
+
+
+def read_task(block: dict[str, NDArray[np.int64]], source: "list[ray.ObjectRef[TileSource]]") -> dict[str, NDArray[Any]]:
+    """One Ray task: read a block of samples. The reference comes in a list, so that Ray does not resolve it per task."""
+    return _fetch(source[0]).read(np.asarray(block["data"]))
+
+
+@lru_cache(maxsize=4)
+def _fetch(reference: "ray.ObjectRef[TileSource]") -> TileSource:
+    """Get a stream's tables once per worker process."""
+    return ray.get(reference)

@@ -1,0 +1,122 @@
+"""The stream: sample numbers -> tiles -> torch mini-batches, carried by Ray Data.
+
+Every worker runs its own pipeline over its own sample numbers, from any step on: a plan of numbers, read tasks that fetch
+tiles by ranged requests, and prefetching into mini-batches. Ray Data's back-pressure bounds what is in flight.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from coda_ray.config import Stream
+from coda_ray.tiles.plan import Rows, share_of
+from coda_ray.tiles.reader import TileSource, read_task
+
+log = logging.getLogger(__name__)
+
+
+class UnreadableTilesError(RuntimeError):
+    """Too many tiles could not be read."""
+
+
+def minibatches(
+    source: TileSource,
+    settings: Stream,
+    *,
+    minibatch: int,
+    start_step: int,
+    steps: int,
+    rank: int = 0,
+    world: int = 1,
+    last: int | None = None,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Stream one worker's mini-batches.
+
+    Parameters
+    ----------
+    source
+        What to read.
+    settings
+        Sizes of tasks and buffers.
+    minibatch
+        Samples per step over all workers.
+    start_step, steps
+        First step, and one past the last.
+    rank, world
+        This worker and the number of workers; they split each step's samples and change none.
+    last
+        One past the last sample number, where the last mini-batch may be short (evaluation).
+
+    Yields
+    ------
+    dict
+        Tensors on the CPU, as `TileSource.read` names them, without `reason`.
+
+    Raises
+    ------
+    UnreadableTilesError
+        When more than `settings.max_bad_share` of the tiles read so far had to be replaced; names the worst tile.
+    """
+    low, high = share_of(rank, world, minibatch)
+    if high == low:
+        raise ValueError(f"minibatch = {minibatch} is smaller than the {world} workers; raise it or take fewer workers")
+    reference = ray.put(source)
+    health = _Health(settings.max_bad_share)
+    for begin in range(start_step, steps, settings.segment_steps):
+        numbers = np.arange(begin, min(begin + settings.segment_steps, steps), dtype=np.int64)[:, None] * minibatch
+        samples = (numbers + np.arange(low, high, dtype=np.int64)[None, :]).ravel()
+        if last is not None:
+            samples = samples[samples < last]
+        dataset = _dataset(reference, samples, settings)
+        for columns in dataset.iter_batches(
+            batch_size=high - low, batch_format="numpy", prefetch_batches=settings.prefetch
+        ):
+            health.count(columns)
+            yield {name: torch.from_numpy(columns[name].copy()) for name in columns if name != "reason"}
+
+
+def _dataset(source: "ray.ObjectRef[TileSource]", samples: Rows, settings: Stream) -> ray.data.Dataset:
+    """Plan of sample numbers -> read tasks; the order is kept."""
+    blocks = np.array_split(samples, max(1, -(-len(samples) // settings.rows_per_task)))
+    dataset = ray.data.from_numpy(blocks)
+    dataset.context.execution_options.preserve_order = True
+    return dataset.map_batches(
+        read_task,
+        fn_kwargs={"source": [source]},
+        batch_size=None,
+        batch_format="numpy",
+        num_cpus=settings.cpus_per_task,
+    )
+
+
+class _Health:
+    """Counts the tiles that failed, reports the first of each reason, and stops a run that reads mostly damage."""
+
+    def __init__(self, max_share: float) -> None:
+        self.max_share = max_share
+        self.read = 0
+        self.bad = 0
+        self.reasons: set[str] = set()
+
+    def count(self, columns: dict[str, NDArray[Any]]) -> None:
+        """Add one mini-batch."""
+        tiles = len(columns["sample"]) * (2 if "partner" in columns else 1)
+        bad = int(columns["replaced"].sum())
+        self.read, self.bad = self.read + tiles, self.bad + bad
+        if not bad:
+            return
+        worst = [str(reason) for reason in columns["reason"] if reason]
+        for reason in worst:
+            if reason not in self.reasons:
+                self.reasons.add(reason)
+                log.warning("tile replaced (%d of %d so far): %s", self.bad, self.read, reason)
+        if not columns["readable"].all() and len(columns["sample"]) == bad or self.bad > self.max_share * max(self.read, 100):
+            raise UnreadableTilesError(
+                f"{self.bad} of {self.read} tiles could not be read, above stream.max_bad_share = {self.max_share}; "
+                f"the last: {worst[-1]}; mend the tile store (run jobs/ingest.py) or raise stream.max_bad_share"
+            )

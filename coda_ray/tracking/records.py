@@ -1,0 +1,117 @@
+"""What the results folder holds: records (JSON) and training curves (parquet), read for tables and for MLflow."""
+
+import io
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pandas as pd
+
+from coda_ray.storage import Folder
+
+READS_AT_A_TIME = 16
+IDENTITY = ("source", "target", "method", "granularity", "unit", "scope", "seed")
+SCORES = ("accuracy", "macro_f1", "well_accuracy", "well_macro_f1")
+MEASURES = ("n_images", "n_wells", *SCORES, "steps", "seconds")
+TRANSFER_COLUMNS = (*IDENTITY, *MEASURES, "key")
+
+
+def read_records(results: Folder, folder: str) -> list[dict[str, Any]]:
+    """Read every `<folder>/*.json` of the results, many at a time.
+
+    Parameters
+    ----------
+    results
+        The results folder.
+    folder
+        `transfers` or `jobs`.
+
+    Returns
+    -------
+    list
+        One mapping per file, in the order of file names.
+
+    Raises
+    ------
+    ValueError
+        When a file is not a JSON object with a `key`.
+    """
+    paths = [f"{folder}/{name}" for name in results.names(folder) if name.endswith(".json")]
+    with ThreadPoolExecutor(READS_AT_A_TIME) as pool:
+        return list(pool.map(lambda path: read_record(results, path), paths))
+
+
+def read_record(results: Folder, path: str) -> dict[str, Any]:
+    """Read one record.
+
+    Raises
+    ------
+    ValueError
+        When the file is not a JSON object with a `key`.
+    """
+    try:
+        record = json.loads(results.read(path))
+    except ValueError as error:
+        raise ValueError(
+            f"{results.address(path)}: not JSON ({error}); delete it and run its job again"
+        ) from None
+    if not isinstance(record, dict) or "key" not in record:
+        raise ValueError(f"{results.address(path)}: not a record with a key; delete it and run its job again")
+    return record
+
+
+def read_history(results: Folder, stage_path: str | None) -> pd.DataFrame | None:
+    """Read the log points of a stage; None where it left none.
+
+    Parameters
+    ----------
+    results
+        The results folder.
+    stage_path
+        `<stage>/<stage key>`, or None for a transfer without training of its own.
+
+    Returns
+    -------
+    DataFrame or None
+        Columns step (int64), time_ms (int64) and float64 measures, null where not measured.
+    """
+    if stage_path is None:
+        return None
+    try:
+        return pd.read_parquet(io.BytesIO(results.read(f"{stage_path}/history.parquet")))
+    except FileNotFoundError:
+        return None
+
+
+def transfers_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Lay transfer records out as a table.
+
+    Parameters
+    ----------
+    records
+        Transfer records; fields beyond the columns are left out.
+
+    Returns
+    -------
+    DataFrame
+        `TRANSFER_COLUMNS`, sorted by the identity and then the key; counts and seed int64, scores float64.
+
+    Raises
+    ------
+    ValueError
+        When a record lacks a column.
+    """
+    for record in records:
+        missing = [name for name in TRANSFER_COLUMNS if name not in record]
+        if missing:
+            raise ValueError(
+                f"transfers/{record.get('key')}.json lacks {', '.join(missing)}; delete it and run its job again"
+            )
+    frame = pd.DataFrame(
+        [{name: record[name] for name in TRANSFER_COLUMNS} for record in records], columns=TRANSFER_COLUMNS
+    )
+    whole = ("seed", "n_images", "n_wells", "steps")
+    kinds = {name: "int64" if name in whole else "float64" for name in (*MEASURES, "seed")}
+    kinds |= {name: "str" for name in TRANSFER_COLUMNS if name not in kinds}
+    return frame.astype(kinds).sort_values([*IDENTITY, "key"], ignore_index=True)

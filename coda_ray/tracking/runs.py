@@ -1,0 +1,208 @@
+"""What a job tells MLflow while it works. Results in storage are the truth: `sync` sends later what is lost here."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from coda_ray.config import Tracking
+from coda_ray.storage import Folder
+from coda_ray.tracking.figures import figure_png
+from coda_ray.tracking.live import LiveLogger
+from coda_ray.tracking.outbox import Outbox
+from coda_ray.tracking.store import RunStore, without_password
+
+log = logging.getLogger(__name__)
+# What a whole job may wait for the runs of its live curves: importing MLflow and making a database take seconds.
+LIVE_WAIT_S = 20.0
+
+
+class Tracker:
+    """A job's view of MLflow: what it sends goes through a thread, so a slow or dead server costs the job nothing.
+
+    Parameters
+    ----------
+    store
+        Where runs go; None sends nothing.
+    """
+
+    def __init__(self, store: RunStore | None) -> None:
+        self._store = store
+        self._outbox = Outbox("MLflow")
+        self._job: Mapping[str, Any] | None = None
+        self._parent: str | None = None
+        self._running: set[str] = set()
+        self._patience_s = LIVE_WAIT_S
+
+    @classmethod
+    def open(cls, tracking: Tracking, results: Folder) -> "Tracker":
+        """Open the tracker of a job; makes no request.
+
+        Parameters
+        ----------
+        tracking
+            The configuration.
+        results
+            The results folder.
+
+        Returns
+        -------
+        Tracker
+            To `MLFLOW_TRACKING_URI`, else to `mlflow.db` in a results folder on this machine; else one that sends
+            nothing, with the reason in the log.
+        """
+        return cls(RunStore.open(tracking, results))
+
+    @property
+    def ui_hint(self) -> str | None:
+        """How to look at the runs: a command, or the server's address; None when nothing is sent."""
+        if self._store is None:
+            return None
+        address = without_password(self._store.address)
+        return address if address.startswith("http") else f"mlflow ui --backend-store-uri {address}"
+
+    def start_job(self, record: Mapping[str, Any]) -> None:
+        """Begin a job; the same key again continues its run.
+
+        Parameters
+        ----------
+        record
+            As in `jobs/<job key>.json`: key, kind, name, command, config.
+        """
+        self._job = dict(record)
+        self._put(f"job {record['name']}", self._ensure_parent)
+
+    def transfer(self, record: Mapping[str, Any], history: pd.DataFrame | None = None) -> None:
+        """Send a scored transfer.
+
+        Parameters
+        ----------
+        record
+            As in `transfers/<key>.json`.
+        history
+            Log points of its adaptation, or None.
+        """
+
+        def send(store: RunStore) -> None:
+            self._running.discard(store.transfer(record, history, self._ensure_parent(store)))
+
+        self._put(f"transfer {record['key']}", send)
+
+    def stage(self, title: str, key: str, history: pd.DataFrame | None) -> None:
+        """Send the curves of a stage that several transfers stand on."""
+
+        def send(store: RunStore) -> None:
+            self._running.discard(store.stage(title, key, history, self._ensure_parent(store)))
+
+        self._put(f"stage {title}", send)
+
+    def live(self, record: Mapping[str, Any]) -> LiveLogger | None:
+        """Make a transfer's run before its training, and the logger that goes to the worker.
+
+        Parameters
+        ----------
+        record
+            The transfer's identity and key; scores are not needed.
+
+        Returns
+        -------
+        LiveLogger or None
+            None when MLflow does not answer in time: all these calls of a job together wait for at most 20 s.
+        """
+        return self._live(
+            f"transfer {record['key']}",
+            lambda store: store.transfer(record, None, self._ensure_parent(store)),
+        )
+
+    def live_stage(self, title: str, key: str) -> LiveLogger | None:
+        """Make a stage's run before its training; otherwise as `live`."""
+        return self._live(
+            f"stage {title}", lambda store: store.stage(title, key, None, self._ensure_parent(store))
+        )
+
+    def finish_job(
+        self,
+        record: Mapping[str, Any],
+        matrix: pd.DataFrame | None = None,
+        figures: Mapping[str, Figure] | None = None,
+    ) -> None:
+        """End a job.
+
+        Parameters
+        ----------
+        record
+            The job's record, as at the start.
+        matrix
+            From `table.job_matrix`.
+        figures
+            Name to figure, from `figures.matrix_figures`; rendered before this returns.
+        """
+        if self._store is None:
+            return
+        pictures = {name: figure_png(figure) for name, figure in (figures or {}).items()}
+
+        def send(store: RunStore) -> None:
+            store.finish_job(record, matrix, pictures)
+            self._running.discard(self._parent or "")
+
+        self._put(f"job {record['name']}", send)
+
+    def close(self, wait_s: float = 30.0) -> int:
+        """Send what waits, for at most `wait_s`; say what was not sent.
+
+        Runs that were begun and not ended (the job failed) end as FAILED.
+
+        Returns
+        -------
+        int
+            Records that were not sent.
+        """
+        if self._store is None:
+            return 0
+        store = self._store
+        unsent = self._outbox.close(wait_s, lambda: self._fail_running(store))
+        if unsent:
+            log.warning(
+                "MLflow at %s: %d records were not sent; the results are complete, and "
+                "`python jobs/sync_mlflow.py --config ...` sends them later",
+                without_password(self._store.address),
+                unsent,
+            )
+        return unsent
+
+    def _put(self, what: str, send: Callable[[RunStore], object]) -> None:
+        """Queue a call."""
+        if (store := self._store) is not None:
+            self._outbox.put(what, lambda: send(store))
+
+    def _live(self, what: str, make: Callable[[RunStore], str]) -> LiveLogger | None:
+        """Make a run within what is left of the job's patience."""
+        store = self._store
+        if store is None or self._patience_s <= 0:
+            return None
+
+        def begin() -> str:
+            run_id = make(store)
+            self._running.add(run_id)
+            return run_id
+
+        started = time.monotonic()
+        run_id = self._outbox.ask(what, begin, self._patience_s)
+        self._patience_s -= time.monotonic() - started
+        return LiveLogger(store.address, run_id) if run_id else None
+
+    def _ensure_parent(self, store: RunStore) -> str | None:
+        """Run id of the job; made by whichever call first reaches the server."""
+        if self._parent is None and self._job is not None:
+            self._parent = store.job(self._job)
+            store.reopen(self._parent)
+            self._running.add(self._parent)
+        return self._parent
+
+    def _fail_running(self, store: RunStore) -> None:
+        """End what the job left running."""
+        while self._running:
+            store.end(self._running.pop(), "FAILED")

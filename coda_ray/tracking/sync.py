@@ -1,0 +1,114 @@
+"""Fill MLflow from the results folder: every job, transfer and stage, each once, however often it is done."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from coda_ray.storage import Folder, retrying
+from coda_ray.tracking.figures import figure_png, matrix_figures
+from coda_ray.tracking.records import read_history, read_record, read_records, transfers_frame
+from coda_ray.tracking.store import RunStore
+from coda_ray.tracking.table import job_matrix
+
+
+@dataclass(frozen=True)
+class SyncCounts:
+    """How many records MLflow now has.
+
+    Parameters
+    ----------
+    jobs, transfers, stages
+        Numbers of records.
+    """
+
+    jobs: int
+    transfers: int
+    stages: int
+
+
+def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] | None = None) -> SyncCounts:
+    """Send everything that a results folder holds.
+
+    Parameters
+    ----------
+    results
+        The results folder.
+    store
+        Where runs go.
+    progress
+        Called with the number of records sent and their total.
+
+    Returns
+    -------
+    SyncCounts
+        What was sent or was there already.
+
+    Raises
+    ------
+    ValueError
+        When a record is damaged.
+    Exception
+        What MLflow raises when the server is not reached (see `outbox.is_unreachable`) or refuses a record.
+    """
+    jobs, transfers = (
+        _oldest_first(results, read_records(results, "jobs")),
+        read_records(results, "transfers"),
+    )
+    frame = transfers_frame(transfers)
+    # A later job takes over the transfers and stages that it shares with an earlier one.
+    job_of = {key: job["key"] for job in jobs for key in job["transfers"]}
+    stage_job = {path: job["key"] for job in jobs for path in job["stages"]}
+    stages = [path for path in sorted(stage_job) if not path.startswith("adapt/")]
+    done, total = 0, len(jobs) + len(transfers) + len(stages)
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, total)
+
+    parents = {job["key"]: store.job(job) for job in jobs}
+    for record in transfers:
+        store.transfer(
+            record, read_history(results, record["history"]), parents.get(job_of.get(record["key"], ""))
+        )
+        advance()
+    sent = 0
+    for path in stages:
+        sent += _send_stage(results, store, path, parents[stage_job[path]])
+        advance()
+    for job in jobs:
+        _finish(store, job, frame)
+        advance()
+    return SyncCounts(len(jobs), len(transfers), sent)
+
+
+def _oldest_first(results: Folder, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Order jobs by when their records were written last."""
+
+    def written(job: Mapping[str, Any]) -> Any:
+        path = f"jobs/{job['key']}.json"
+        return retrying(lambda: results.fs.modified(results.path(path)), results.address(path)), job["key"]
+
+    return sorted(jobs, key=written)
+
+
+def _send_stage(results: Folder, store: RunStore, path: str, parent: str) -> bool:
+    """Send a stage's curves; False where it is unfinished or has none."""
+    history = read_history(results, path)
+    if history is None or not results.exists(f"{path}/stage.json"):
+        return False
+    stage = read_record(results, f"{path}/stage.json")
+    store.stage(stage["title"], stage["key"], history, parent)
+    return True
+
+
+def _finish(store: RunStore, job: Mapping[str, Any], frame: pd.DataFrame) -> None:
+    """Put a job's matrix on its run; a job that did not get to its end stays as it is."""
+    if not job["transfers"] or not set(job["transfers"]) <= set(frame["key"]):
+        return
+    matrix = job_matrix(frame, job)
+    figures = matrix_figures(matrix) if len(matrix) else {}
+    store.finish_job(job, matrix, {name: figure_png(figure) for name, figure in figures.items()})

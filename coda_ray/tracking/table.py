@@ -1,0 +1,245 @@
+"""The tables of results: one row per transfer, and the source x target matrix with its spread over seeds."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast, get_args
+
+import numpy as np
+import pandas as pd
+from rich.table import Table
+
+from coda_ray.config import Granularity, Method
+from coda_ray.storage import Folder
+from coda_ray.tracking.records import SCORES, read_records, transfers_frame
+
+MATRIX_COLUMNS = ("metric", "granularity", "source", "target", "method", "mean", "std", "n_seeds")
+CELL = ["source", "target", "method"]
+TITLES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "well_accuracy": "accuracy per well",
+    "well_macro_f1": "macro-F1 per well",
+}
+
+
+def compile_transfers(results: Folder) -> pd.DataFrame:
+    """Collect every transfer of a results folder and write `transfers.parquet`.
+
+    Parameters
+    ----------
+    results
+        The results folder; `transfers/<key>.json` are read, many at a time.
+
+    Returns
+    -------
+    DataFrame
+        One row per transfer, as `records.transfers_frame` lays it out. The file holds the same.
+
+    Raises
+    ------
+    ValueError
+        When a record is damaged.
+    """
+    transfers = transfers_frame(read_records(results, "transfers"))
+    sink = io.BytesIO()
+    transfers.to_parquet(sink, index=False)
+    results.write("transfers.parquet", sink.getvalue())
+    return transfers
+
+
+def job_matrix(transfers: pd.DataFrame, job: Mapping[str, Any]) -> pd.DataFrame:
+    """Tabulate every score at every granularity of one job.
+
+    Parameters
+    ----------
+    transfers
+        As `compile_transfers` returns it.
+    job
+        The job's record; its `transfers` name the rows that count.
+
+    Returns
+    -------
+    DataFrame
+        The rows of `matrix_table` for all scores and granularities, one below the other.
+    """
+    own = transfers[transfers["key"].isin(job["transfers"])]
+    across = own[(own["source"] != own["target"]) & ~own["method"].map(is_unadapted)]
+    # A job with nothing adapted (only in-domain scores, or unadapted methods) has one table all the same.
+    granularities = [g for g in get_args(Granularity) if g in set(across["granularity"])] or ["source"]
+    tables = [matrix_table(own, metric, granularity) for granularity in granularities for metric in SCORES]
+    return pd.concat(tables, ignore_index=True)
+
+
+def matrix_table(transfers: pd.DataFrame, metric: str, granularity: Granularity) -> pd.DataFrame:
+    """Tabulate one score: mean and standard deviation over seeds for every source, target and method.
+
+    Between two sources, an adapted method has, at granularity `source`, its score on the whole target; at `batch`
+    and `plate`, the mean over units of the score of the model that was adapted to the unit, weighted by images
+    (scores per well: by wells), and only for seeds that have every unit. Supervised and dual models were not
+    adapted: their row is the score on the whole target at every granularity. A source with itself is scored on its
+    held-out plate.
+
+    Parameters
+    ----------
+    transfers
+        Rows of one job (one result per transfer), as `compile_transfers` returns them.
+    metric
+        `accuracy`, `macro_f1`, `well_accuracy` or `well_macro_f1`.
+    granularity
+        Unit of adaptation.
+
+    Returns
+    -------
+    DataFrame
+        Columns `MATRIX_COLUMNS`: mean and std as shares in [0, 1], std that of a sample (NaN with one seed).
+        Sorted by source and target (numbers in names by value) and by method, unadapted first.
+
+    Raises
+    ------
+    ValueError
+        When the metric is not known, or one transfer has several results.
+    """
+    if metric not in SCORES:
+        raise ValueError(f"metric = {metric!r}: choose from {', '.join(SCORES)}")
+    rows = _rows_that_count(transfers, granularity)
+    _refuse_doubles(rows)
+    weight = "n_wells" if metric.startswith("well_") else "n_images"
+    rows = rows.assign(weighted=rows[metric] * rows[weight], weight=rows[weight])
+    seeds = rows.groupby([*CELL, "seed"], as_index=False)[["weighted", "weight"]].sum()
+    seeds["score"] = seeds["weighted"] / seeds["weight"]
+    table = seeds.groupby(CELL, as_index=False)["score"].agg(mean="mean", std="std", n_seeds="count")
+    table.insert(0, "granularity", granularity)
+    table.insert(0, "metric", metric)
+    order = (
+        [*map(_natural, table["source"])],
+        [*map(_natural, table["target"])],
+        [*map(_method_rank, table["method"])],
+    )
+    table = table.iloc[sorted(range(len(table)), key=lambda i: tuple(column[i] for column in order))]
+    return table.reset_index(drop=True).reindex(columns=list(MATRIX_COLUMNS))
+
+
+def is_unadapted(method: str) -> bool:
+    """Whether a method applies the source's model as it is."""
+    return method == "supervised" or method.startswith("dual-")
+
+
+def shown(names: Sequence[str]) -> list[str]:
+    """Distinct names of sources or methods in the order of every table and figure."""
+    return sorted(set(names), key=lambda name: (_method_rank(name), _natural(name)))
+
+
+def cells_of(tidy: pd.DataFrame) -> dict[tuple[str, str, str], tuple[float, float]]:
+    """Index a matrix: (source, target, method) to (mean, std)."""
+    names = zip(*(tidy[name].tolist() for name in CELL), strict=True)
+    return dict(zip(names, zip(tidy["mean"].tolist(), tidy["std"].tolist(), strict=True), strict=True))
+
+
+def cell_text(mean: float, std: float) -> str:
+    """Write a cell in percent, such as `24.5 ± 0.6`; one seed has no spread: `24.5 ± –`."""
+    if np.isnan(mean):
+        return "–"
+    return f"{100 * mean:.1f} ± {'–' if np.isnan(std) else f'{100 * std:.1f}'}"
+
+
+def seeds_text(tidy: pd.DataFrame) -> str:
+    """Say over how many seeds a table goes."""
+    low, high = int(tidy["n_seeds"].min()), int(tidy["n_seeds"].max())
+    return f"{low} seed{'s' if high > 1 else ''}" if low == high else f"{low} to {high} seeds"
+
+
+def title_of(tidy: pd.DataFrame) -> str:
+    """Title of a matrix: metric, granularity, seeds."""
+    metric, granularity = tidy["metric"].iloc[0], tidy["granularity"].iloc[0]
+    return f"{TITLES[metric]} (%), adapted per {granularity}, mean ± std over {seeds_text(tidy)}"
+
+
+def select(tidy: pd.DataFrame, metric: str, granularity: str) -> pd.DataFrame:
+    """Take one matrix out of a table of several."""
+    return tidy[(tidy["metric"] == metric) & (tidy["granularity"] == granularity)].reset_index(drop=True)
+
+
+def render_matrix(tidy: pd.DataFrame) -> Table:
+    """Lay a matrix out for the terminal: a row per source and target, a column per method.
+
+    Parameters
+    ----------
+    tidy
+        From `matrix_table`, with at least one row.
+
+    Returns
+    -------
+    rich.table.Table
+        Percent; the last row is the mean over the pairs of different sources that every method was scored on.
+    """
+    header, rows, means = _grid(tidy)
+    table = Table(title=title_of(tidy))
+    for name in header:
+        table.add_column(name, justify="left" if name == header[0] else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    table.add_section()
+    for row in means:
+        table.add_row(*row)
+    return table
+
+
+def markdown_matrix(tidy: pd.DataFrame) -> str:
+    """Write the table of `render_matrix` in Markdown."""
+    header, rows, means = _grid(tidy)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows, *means]
+    return f"**{title_of(tidy)}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _grid(tidy: pd.DataFrame) -> tuple[list[str], list[list[str]], list[list[str]]]:
+    """Header, cells and (with several pairs) the row of means of a matrix, as text."""
+    methods = shown(tidy["method"].tolist())
+    cells = {cell: cell_text(*values) for cell, values in cells_of(tidy).items()}
+    pairs = list(dict.fromkeys(zip(tidy["source"], tidy["target"], strict=True)))
+    rows = [[f"{s} → {t}", *[cells.get((s, t, method), "–") for method in methods]] for s, t in pairs]
+    wide = tidy[tidy["source"] != tidy["target"]].pivot(
+        index=["source", "target"], columns="method", values="mean"
+    )
+    whole = wide.reindex(columns=methods).dropna()
+    name = f"mean of {len(whole)} source ≠ target"
+    means = [[name, *[f"{100 * whole[method].mean():.1f}" for method in methods]]] if len(whole) > 1 else []
+    return ["source → target", *methods], rows, means
+
+
+def _rows_that_count(transfers: pd.DataFrame, granularity: Granularity) -> pd.DataFrame:
+    """Choose the rows that a matrix is made of; see `matrix_table`."""
+    within = transfers["source"] == transfers["target"]
+    unadapted = transfers["method"].map(is_unadapted).astype(bool)
+    whole = (transfers["granularity"] == "source") & (transfers["scope"] == "whole")
+    diagonal = within & (transfers["granularity"] == "plate") & (transfers["scope"] == "adapted")
+    if granularity == "source":
+        return transfers[diagonal | (~within & whole)]
+    of_unit = ~within & (transfers["granularity"] == granularity) & (transfers["scope"] == "adapted")
+    n_units = transfers[of_unit].groupby("target")["unit"].nunique()
+    per_unit = transfers[of_unit & ~unadapted]
+    have = per_unit.groupby([*CELL, "seed"])["unit"].transform("nunique")
+    complete = per_unit[have == per_unit["target"].map(n_units)]
+    return pd.concat([transfers[diagonal | (~within & whole & unadapted)], complete])
+
+
+def _refuse_doubles(rows: pd.DataFrame) -> None:
+    """Stop when several configurations are mixed."""
+    double = rows[rows.duplicated([*CELL, "unit", "seed"], keep=False)]
+    if len(double):
+        one = double.iloc[0]
+        raise ValueError(
+            f"{one['source']} → {one['target']}, {one['method']}, {one['unit']}, seed {one['seed']} has several "
+            f"results (keys {', '.join(double['key'].iloc[:2])}): configurations are mixed; pass those of one job"
+        )
+
+
+def _natural(name: str) -> tuple[Any, ...]:
+    """Sort key that orders source_3 before source_10."""
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name))
+
+
+def _method_rank(name: str) -> int:
+    """Position of a method in tables; what is no method comes last."""
+    known = cast(tuple[str, ...], get_args(Method))
+    return known.index(name) if name in known else len(known)

@@ -1,0 +1,1 @@
+"""The one Ray Train worker loop, its checkpoints and its launch."""

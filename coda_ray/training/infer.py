@@ -1,0 +1,99 @@
+"""Forward passes over tiles in their order: for scores, embeddings and the monitors of training."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from coda_ray.config import Stream
+from coda_ray.learn.precision import Precision
+from coda_ray.learn.views import evaluation_view
+from coda_ray.tiles.plan import SamplePlan
+from coda_ray.tiles.reader import TileSource
+from coda_ray.tiles.store import TileIndex
+from coda_ray.tiles.stream import minibatches
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a network said of tiles that could be read.
+
+    Parameters
+    ----------
+    rows
+        (N,) int64 rows of the index.
+    values
+        (N, K) float32: what `forward` returned.
+    """
+
+    rows: NDArray[np.int64]
+    values: NDArray[np.float32]
+
+
+def in_order(index: TileIndex, crop: int) -> TileSource:
+    """Read every tile once, in the order of the index; an unreadable one is left out, not replaced."""
+    rows = np.arange(len(index), dtype=np.int64)
+    return TileSource(index, SamplePlan(0, rows, shuffle=False), crop, replace=False)
+
+
+def infer(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    index: TileIndex,
+    *,
+    crop: int,
+    size: int,
+    minibatch: int,
+    stream: Stream,
+    device: torch.device,
+    precision: Precision,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Outputs]:
+    """Run a network over the centre view of every tile.
+
+    Parameters
+    ----------
+    forward
+        Maps views (B, C, size, size) to (B, K).
+    index
+        The tiles.
+    crop, size
+        Centre crop of the tile and side of the view (px).
+    minibatch
+        Tiles per forward pass and worker.
+    stream, device, precision
+        How tiles are read, where and in what the network computes.
+    rank, world
+        This worker's share.
+
+    Yields
+    ------
+    Outputs
+        Per mini-batch.
+    """
+    everywhere = minibatch * world
+    for tensors in minibatches(
+        in_order(index, crop),
+        stream,
+        minibatch=everywhere,
+        start_step=0,
+        steps=-(-len(index) // everywhere),
+        rank=rank,
+        world=world,
+        last=len(index),
+    ):
+        readable = tensors["readable"]
+        views = evaluation_view(tensors["tile"][readable].to(device, non_blocking=True), size)
+        if not len(views):
+            continue
+        with torch.no_grad(), precision.autocast():
+            values = forward(views)
+        yield Outputs(tensors["row"][readable].numpy(), values.float().cpu().numpy())
+
+
+def gather(outputs: Iterator[Outputs]) -> Outputs:
+    """Join mini-batches."""
+    parts = list(outputs)
+    return Outputs(np.concatenate([p.rows for p in parts]), np.concatenate([p.values for p in parts]))

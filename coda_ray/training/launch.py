@@ -1,0 +1,83 @@
+"""Launching a worker loop with Ray Train: inside the calling process, or on a group of workers, elastic if asked."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from uuid import uuid4
+
+from fsspec.implementations.local import LocalFileSystem
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from coda_ray.config import Train
+from coda_ray.storage import Folder
+
+Loop = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+def workers_of(train: Train) -> tuple[int, int]:
+    """Least and most workers of `train.workers`.
+
+    Raises
+    ------
+    ValueError
+        When the range falls.
+    """
+    low, _, high = train.workers.partition("-")
+    bounds = int(low), int(high or low)
+    if bounds[0] > bounds[1] or (bounds[0] == 0 and bounds[1] > 0):
+        raise ValueError(f"train.workers = {train.workers!r}: give 0, a number, or a rising range from 1, such as 1-4")
+    return bounds
+
+
+def launch(loop: Loop, run: Any, train: Train, results: Folder) -> dict[str, Any]:
+    """Run a worker loop to its end.
+
+    Parameters
+    ----------
+    loop
+        Called on every worker with `{"run": run}`.
+    run
+        Picklable description of the work.
+    train
+        Workers, resources, restarts.
+    results
+        Results folder; Ray Train keeps its own state under `ray/` while the loop runs.
+
+    Returns
+    -------
+    dict
+        What rank 0's loop returned.
+    """
+    low, high = workers_of(train)
+    if high == 0:
+        # Ray Train's local mode: the same loop in this process, a tenth of a second instead of a new process tree.
+        trainer = TorchTrainer(loop, train_loop_config={"run": run}, scaling_config=ScalingConfig(num_workers=0))
+        return dict(trainer.fit().return_value)
+    name = f"run-{uuid4().hex[:12]}"
+    state = results.child("ray")
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config={"run": run},
+        scaling_config=ScalingConfig(
+            num_workers=low if low == high else (low, high),
+            use_gpu=train.gpus_per_worker > 0,
+            resources_per_worker=resources(train),
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=state.path(),
+            storage_filesystem=None if isinstance(state.fs, LocalFileSystem) else PyFileSystem(FSSpecHandler(state.fs)),
+            failure_config=FailureConfig(max_failures=train.max_failures),
+        ),
+    )
+    try:
+        return dict(trainer.fit().return_value)
+    finally:
+        state.delete(name)
+
+
+def resources(train: Train) -> dict[str, float]:
+    """What one worker reserves."""
+    wanted = {"CPU": train.cpus_per_worker}
+    return wanted | ({"GPU": train.gpus_per_worker} if train.gpus_per_worker else {})

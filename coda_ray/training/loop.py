@@ -1,0 +1,300 @@
+"""The one training loop, as every Ray Train worker runs it: stream, step, log, checkpoint, resume.
+
+Everything about a run is a function of its step, so a run that is resumed, by Ray after a worker's death or by the next
+driver, continues as if nothing had happened.
+"""
+
+import io
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.train
+import ray.train.torch
+import torch
+from torch import Tensor, nn
+
+from coda_ray.config import Optimisation, Stream, Train
+from coda_ray.learn.dino import CollapseGuard
+from coda_ray.learn.objectives import Objective
+from coda_ray.learn.optim import build_optimizer, set_rates
+from coda_ray.learn.precision import Precision, choose_precision
+from coda_ray.learn.schedules import cosine, warmup_cosine
+from coda_ray.storage import Folder
+from coda_ray.tiles.plan import share_of
+from coda_ray.tiles.reader import TileSource
+from coda_ray.tiles.stream import minibatches
+from coda_ray.training import checkpoints
+from coda_ray.training.checkpoints import Checkpoint
+
+log = logging.getLogger(__name__)
+Report = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """A score that training reports now and then.
+
+    Parameters
+    ----------
+    every
+        Steps between scores.
+    measure
+        Computes named scores of the current weights, on a device and in a precision.
+    select
+        Name of the score whose best weights are kept; None keeps the last.
+    """
+
+    every: int
+    measure: Callable[[torch.device, Precision], dict[str, float]]
+    select: str | None = None
+
+
+@dataclass
+class Work:
+    """What a worker trains; built on the worker.
+
+    Parameters
+    ----------
+    objective
+        Network, loss and what follows a step.
+    source
+        Where samples come from.
+    guard
+        Watches the teacher's entropy.
+    monitor
+        Scores.
+    """
+
+    objective: Objective
+    source: TileSource
+    guard: CollapseGuard | None = None
+    monitor: Monitor | None = None
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """Everything a worker needs to know; picklable, without weights.
+
+    Parameters
+    ----------
+    title
+        Shown in the log.
+    folder
+        Folder of the stage.
+    seed
+        Seed of stochastic depth.
+    steps, warmup
+        Optimisation steps of the whole run and of its warm-up.
+    optimisation, train, stream
+        Settings.
+    build
+        Makes the work, on the worker.
+    report
+        Receives (step, time in ms, metrics) at rank 0's log points; must not block.
+    """
+
+    title: str
+    folder: Folder
+    seed: int
+    steps: int
+    warmup: int
+    optimisation: Optimisation
+    train: Train
+    stream: Stream
+    build: Callable[[], Work]
+    report: Report | None = None
+
+
+def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Train one stage on this worker.
+
+    Parameters
+    ----------
+    config
+        `{"run": TrainingRun}`, as Ray Train passes it.
+
+    Returns
+    -------
+    dict
+        Facts of the finished run: steps, seconds, and the metrics of the last log point. Rank 0 has written
+        `model.safetensors`, `history.parquet` and `done.json` into the stage's folder.
+    """
+    run: TrainingRun = config["run"]
+    torch.set_num_threads(run.train.threads)
+    return _Worker(run).train()
+
+
+class _Worker:
+    """One rank of a run."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        context = ray.train.get_context()
+        self.run = run
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self.precision = choose_precision(self.device, run.train.precision)
+        torch.manual_seed(run.seed)
+        self.work = run.build()
+        self.objective = self.work.objective
+        self.objective.to(self.device)
+        self.network = self._wrap(self.objective.network)
+        settings = run.optimisation
+        self.optimizer = build_optimizer(
+            self.objective.network, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+        )
+        self.trainable = [p for p in self.objective.network.parameters() if p.requires_grad]
+        self.step, self.seconds = 0, 0.0
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Any] = {}
+        self.best_tensors: dict[str, Tensor] = {}
+        self.since = time.monotonic()
+        self.images = 0
+
+    def train(self) -> dict[str, Any]:
+        """Run from the newest checkpoint to the end."""
+        self._restore()
+        run = self.run
+        self.objective.network.train()
+        for tensors in minibatches(
+            self.work.source,
+            run.stream,
+            minibatch=run.optimisation.minibatch,
+            start_step=self.step,
+            steps=run.steps,
+            rank=self.rank,
+            world=self.world,
+        ):
+            metrics = self._update(tensors)
+            self.step += 1
+            last = self.step == run.steps
+            scored = self._score(last)
+            if self.step % run.train.log_every == 0 or last or scored:
+                self._log({**metrics, **scored})
+            if self.step % run.train.checkpoint_every == 0 and not last:
+                self._checkpoint()
+        return self._finish()
+
+    def _wrap(self, network: nn.Module) -> nn.Module:
+        """Data parallelism over more than one worker."""
+        if self.world == 1:
+            return network
+        options = {"find_unused_parameters": self.objective.find_unused, "broadcast_buffers": False}
+        wrapped: nn.Module = ray.train.torch.prepare_model(
+            network, move_to_device=False, parallel_strategy_kwargs=options
+        )
+        return wrapped
+
+    def _update(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One optimisation step."""
+        run, step = self.run, self.step
+        settings = run.optimisation
+        lr = warmup_cosine(step, run.steps, run.warmup, settings.lr_start, settings.lr, settings.lr_end)
+        decay = cosine(step, run.steps, settings.weight_decay, settings.weight_decay_end)
+        set_rates(self.optimizer, lr=lr, weight_decay=decay)
+        # Stochastic depth follows the step, so that a resumed run drops the same paths.
+        torch.manual_seed((run.seed * 1_000_003 + step) * 4099 + self.rank)
+        with self.precision.autocast():
+            loss, metrics = self.objective.loss(self.network, tensors, step)
+        low, high = share_of(self.rank, self.world, settings.minibatch)
+        self.optimizer.zero_grad(set_to_none=True)
+        # Shares of a mini-batch may differ by one sample; the average over workers must not notice.
+        (loss * ((high - low) * self.world / settings.minibatch)).backward()  # type: ignore[no-untyped-call]
+        self.objective.before_update(step)
+        norm = nn.utils.clip_grad_norm_(self.trainable, settings.clip)
+        self.optimizer.step()
+        self.objective.after_update(step)
+        self.images += settings.minibatch * (2 if "partner" in tensors else 1)
+        return {**metrics, "lr": torch.tensor(lr), "weight_decay": torch.tensor(decay), "gradient_norm": norm.detach()}
+
+    def _score(self, last: bool) -> dict[str, float]:
+        """Ask the monitor, at rank 0, and keep the best weights."""
+        monitor = self.work.monitor
+        if monitor is None or (self.step % monitor.every and not last) or self.rank:
+            return {}
+        self.objective.network.eval()
+        scores = monitor.measure(self.device, self.precision)
+        self.objective.network.train()
+        if monitor.select and scores[monitor.select] > self.best.get("score", -1.0):
+            self.best = {"score": scores[monitor.select], "step": self.step}
+            self.best_tensors = {k: v.detach().cpu().clone() for k, v in self.objective.state_dict().items()}
+        return scores
+
+    def _log(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Write a log point: history, log line, live report, Ray."""
+        now = time.monotonic()
+        spent, self.since = now - self.since, now
+        self.seconds += spent
+        point = {name: float(value) for name, value in metrics.items()}
+        point["images_per_s"] = self.images / max(spent, 1e-9)
+        self.images = 0
+        if not torch.isfinite(torch.tensor(point["loss"])):
+            raise FloatingPointError(f"{self.run.title}: the loss is {point['loss']} at step {self.step}; lower the learning rate")
+        if self.work.guard is not None:
+            self.work.guard.watch(self.step, point["entropy"], point["mean_entropy"])
+        if self.rank == 0:
+            time_ms = int(time.time() * 1000)
+            self.history.append({"step": self.step, "time_ms": time_ms, **point})
+            shown = "  ".join(
+                f"{name} {point[name]:.4g}" for name in ("loss", "accuracy", "entropy", "knn", "held_out_accuracy", "images_per_s")
+                if name in point
+            )
+            print(f"{self.run.title}: step {self.step}/{self.run.steps}  {shown}", flush=True)
+            if self.run.report is not None:
+                self.run.report(self.step, time_ms, point)
+        ray.train.report(point)
+
+    def _checkpoint(self) -> None:
+        """Save at rank 0 what `_restore` needs."""
+        if self.rank:
+            return
+        tensors = {**self.objective.state_dict(), **checkpoints.optimizer_tensors(self.optimizer)}
+        tensors |= {f"best.{name}": value for name, value in self.best_tensors.items()}
+        facts = {"history": self.history, "best": self.best, "seconds": self.seconds}
+        checkpoints.save(self.run.folder, Checkpoint(self.step, tensors, facts))
+
+    def _restore(self) -> None:
+        """Continue from the newest checkpoint, if there is one."""
+        checkpoint = checkpoints.load_latest(self.run.folder)
+        if self.rank == 0:
+            where = f"continues at step {checkpoint.step}" if checkpoint else "starts"
+            print(f"{self.run.title}: {where}, {self.world} worker(s), {self.device}, {self.precision.reason}", flush=True)
+        if checkpoint is None:
+            return
+        best = {k.removeprefix("best."): v for k, v in checkpoint.tensors.items() if k.startswith("best.")}
+        own = {k: v for k, v in checkpoint.tensors.items() if not k.startswith(("best.", "optimizer."))}
+        self.objective.load_state_dict(own)
+        checkpoints.load_optimizer(self.optimizer, checkpoint.tensors)
+        self.step, self.seconds = checkpoint.step, checkpoint.facts["seconds"]
+        self.history, self.best, self.best_tensors = checkpoint.facts["history"], checkpoint.facts["best"], best
+
+    def _finish(self) -> dict[str, Any]:
+        """Write the result, `done.json` last."""
+        facts: dict[str, Any] = {"steps": self.run.steps, "seconds": round(self.seconds, 3), "workers": self.world}
+        if self.rank:
+            return facts
+        folder = self.run.folder
+        tensors = self.best_tensors or self.objective.state_dict()
+        facts["sha256"] = checkpoints.write_tensors(folder, "model.safetensors", tensors)
+        facts["precision"] = str(self.precision.dtype).removeprefix("torch.")
+        if self.best:
+            facts["best"] = self.best
+        if self.history:
+            facts["last"] = self.history[-1]
+            sink = io.BytesIO()
+            pq.write_table(pa.Table.from_pylist(_rectangular(self.history)), sink)
+            folder.write("history.parquet", sink.getvalue())
+        folder.write("done.json", json.dumps(facts, indent=1).encode())
+        folder.delete("checkpoints")
+        return facts
+
+
+def _rectangular(points: list[dict[str, float]]) -> list[dict[str, float | None]]:
+    """Give every log point every column."""
+    names = list(dict.fromkeys(name for point in points for name in point))
+    return [{name: point.get(name) for name in names} for point in points]

@@ -1,0 +1,35 @@
+"""Adapt a model from one source to one target, score it before and after, and log it to MLflow."""
+
+import sys
+
+from coda_ray.config import Config, Granularity, Method, parse_job
+
+
+class AdaptJob(Config):
+    """Configuration of jobs/adapt.py."""
+
+    source: str
+    """Source whose model is adapted."""
+    target: str
+    """Target that it is adapted to."""
+    method: Method = "coda"
+    """Row of the result matrix; oda and coda adapt, the others are scored as they are."""
+    granularity: Granularity = "source"
+    """Unit of adaptation: the whole target, each of its batches, or each of its plates."""
+    seed: int = 0
+    """Seed of weights, samples and views."""
+
+
+def main() -> int:
+    """Run the job."""
+    job = parse_job(AdaptJob, prog="jobs/adapt.py", description=__doc__ or "")
+    from coda_ray.pipeline.report import run_job
+    from coda_ray.pipeline.transfer import Request
+
+    request = Request(job.source, job.target, job.method, job.granularity, job.seed)
+    name = f"{job.method} {job.source} to {job.target}, per {job.granularity}, seed {job.seed}"
+    return run_job(job, [request], kind="adapt", name=name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+from coda_ray.config import Config, ConfigError, build_config, dump_config, parse_job, steps_of
+
+
+def test_defaults_are_the_papers():
+    config = Config()
+    assert config.model.arch == "deit_small_patch16_224"
+    assert (config.pretrain.lr, config.pretrain.minibatch, config.pretrain.steps) == (1e-4, 128, "300 epochs")
+    assert (config.dino.out_dim, config.dino.student_temperature, config.dino.ema_start) == (4096, 0.1, 0.996)
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({"adapt": {"lr": 3e-4, "minibatch": 8}, "held_out": {"a": "p1"}}))
+    config = build_config(Config, str(file), ["--adapt.lr", "5e-4", "--adapt.no-partner", "same-image", "--pretrain.steps", "30"])
+    assert (config.adapt.lr, config.adapt.minibatch, config.adapt.no_partner) == (5e-4, 8, "same-image")
+    assert config.pretrain.steps == 30
+    assert config.held_out == {"a": "p1"}
+
+
+def test_a_dumped_config_reads_back(tmp_path):
+    config = build_config(Config, None, ["--views.size-local", "64", "--matrix.seeds", "1,2"])
+    file = tmp_path / "c.yaml"
+    file.write_text(dump_config(config))
+    assert build_config(Config, str(file)) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["--adapt.lr", "-1"], r"adapt\.lr = '-1'.*greater than 0.*--adapt\.lr"),
+        (["--pretrain.steps", "many"], r"pretrain\.steps = 'many'.*300 epochs"),
+        (["--views.size-local", "500"], r"size_local <= size_global <= tile_crop"),
+        (["--train.workers", "two"], r"train\.workers = 'two'"),
+    ],
+)
+def test_a_wrong_value_is_told_with_field_value_and_remedy(overrides, told):
+    with pytest.raises(ConfigError, match=told):
+        build_config(Config, None, overrides)
+
+
+def test_an_unknown_field_gets_its_nearest_name(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("adapt: {lrate: 1.0, minibach: 3}")
+    with pytest.raises(ConfigError, match=r"adapt\.minibach.*did you mean 'minibatch'"):
+        build_config(Config, str(file))
+
+
+@pytest.mark.parametrize("text", ["- a\n", "a: [", None])
+def test_a_bad_file_is_named(tmp_path, text):
+    file = tmp_path / "c.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=r"--config .*c\.yaml"):
+        build_config(Config, str(file))
+
+
+def test_exit_code_2_and_one_message_before_ray_is_imported(tmp_path):
+    code = (
+        "import sys; from coda_ray.config import Config, parse_job\n"
+        "try: parse_job(Config, ['--adapt.lr', '0'], prog='x', description='d')\n"
+        "except SystemExit as e: assert e.code == 2, e.code\n"
+        "assert 'ray' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "adapt.lr" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_names_every_field_with_unit_and_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_job(Config, ["--help"], prog="x", description="d")
+    assert end.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--adapt.no-partner {error,same-image}" in shown
+    assert "(default: 0.0001)" in shown
+    assert "(px)" in shown
+    for name, section in Config.model_fields.items():
+        for field, info in getattr(section.annotation, "model_fields", {}).items():
+            assert f"--{name.replace('_', '-')}.{field.replace('_', '-')}" in shown
+            assert info.description, f"{name}.{field} has no description"
+
+
+def test_print_config_prints_what_will_run(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_job(Config, ["--print-config", "--adapt.lr", "0.5"], prog="x", description="d")
+    assert end.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["adapt"]["lr"] == 0.5
+
+
+def test_durations():
+    assert steps_of(7, 100) == 7
+    assert steps_of("2.5 epochs", 100) == 250

@@ -21,9 +21,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from coda_ray.learn.dino import DinoLoss
-from coda_ray.learn.ema import update_ema
 from coda_ray.learn.heads import DinoHead
-from coda_ray.learn.objectives import DinoObjective, DinoSchedule, Student
+from coda_ray.learn.objectives import DinoObjective, DinoSchedule
 from coda_ray.learn.optim import build_optimizer
 from coda_ray.learn.precision import Precision, choose_precision
 from coda_ray.learn.views import GLOBAL_STREAM, LOCAL_STREAM, ViewDraws, ViewRecipe, dino_views, draw_views
@@ -91,9 +90,7 @@ def compare_loss(options: argparse.Namespace, device: torch.device, _: Precision
     )
 
 
-def compare_step(
-    options: argparse.Namespace, device: torch.device, precision: Precision
-) -> tuple[Work, Work, torch.dtype]:
+def compare_step(options: argparse.Namespace, device: torch.device, precision: Precision) -> tuple[Work, Work, torch.dtype]:
     """Do whole steps: views, teacher, student, loss, backward, AdamW, EMA; the checksum is the loss before the update."""
     spec, recipe, side, out_dim = ARCHITECTURES[options.arch]
     minibatch = {"tile": make_tiles(options.samples, side, device), "sample": torch.arange(options.samples)}
@@ -142,9 +139,7 @@ def make_step(
 def plain_step_loss(objective: DinoObjective, minibatch: dict[str, Tensor], step: int) -> Tensor:
     """Give each view its own forward pass, and each pair of views its own term."""
     samples = len(minibatch["tile"])
-    groups = dino_views(
-        minibatch["tile"], None, seed=SEED, samples=minibatch["sample"].numpy(), recipe=objective.recipe
-    )
+    groups = dino_views(minibatch["tile"], None, seed=SEED, samples=minibatch["sample"].numpy(), recipe=objective.recipe)
     views = [view for group in groups for view in group.split(samples)]
     with torch.no_grad():
         teacher = torch.cat([objective.teacher(view)[0] for view in views[:2]])
@@ -170,7 +165,10 @@ def double_loop(student: Tensor, targets: Tensor, samples: int) -> Tensor:
 def plain_views(tiles: Tensor, samples: np.ndarray, recipe: ViewRecipe) -> list[Tensor]:
     """Cut view after view with torchvision, from the same draws."""
     groups = []
-    for stream, n_views, size in ((GLOBAL_STREAM, 2, recipe.size_global), (LOCAL_STREAM, recipe.locals_per_sample, recipe.size_local)):
+    for stream, n_views, size in (
+        (GLOBAL_STREAM, 2, recipe.size_global),
+        (LOCAL_STREAM, recipe.locals_per_sample, recipe.size_local),
+    ):
         draws = draw_views(
             SEED,
             samples,

@@ -7,8 +7,8 @@ from rich.progress import Progress
 
 from coda_ray.config import Config, parse_job
 from coda_ray.storage import open_place
-from coda_ray.tracking.outbox import is_unreachable, one_line
-from coda_ray.tracking.store import RunStore, without_password
+from coda_ray.tracking.outbox import is_unreachable, one_line, without_password
+from coda_ray.tracking.store import RunStore
 from coda_ray.tracking.sync import sync
 
 
@@ -29,11 +29,7 @@ def main(argv: list[str] | None = None) -> int:
             task = bar.add_task(f"to {address}", total=None)
             counts = sync(results, store, lambda done, total: bar.update(task, completed=done, total=total))
     except Exception as error:
-        lost = (
-            "; start the server or correct MLFLOW_TRACKING_URI, then run this again"
-            if is_unreachable(error)
-            else ""
-        )
+        lost = "; start the server or correct MLFLOW_TRACKING_URI, then run this again" if is_unreachable(error) else ""
         print(f"sync_mlflow.py: {address}: {type(error).__name__}: {one_line(error)}{lost}", file=sys.stderr)
         return 1
     print(f"{address}: {counts.jobs} jobs, {counts.transfers} transfers, {counts.stages} stages")

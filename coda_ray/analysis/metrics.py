@@ -7,9 +7,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, f1_score
 
 
-def image_scores(
-    labels: NDArray[np.integer[Any]], probabilities: NDArray[np.floating[Any]]
-) -> dict[str, float]:
+def image_scores(labels: NDArray[np.integer[Any]], probabilities: NDArray[np.floating[Any]]) -> dict[str, float]:
     """Score every image by its most probable class.
 
     Parameters
@@ -35,9 +33,7 @@ def image_scores(
     predicted = probabilities.argmax(axis=1)
     return {
         "accuracy": float(accuracy_score(labels, predicted)),
-        "macro_f1": float(
-            f1_score(labels, predicted, labels=np.unique(labels), average="macro", zero_division=0.0)
-        ),
+        "macro_f1": float(f1_score(labels, predicted, labels=np.unique(labels), average="macro", zero_division=0.0)),
     }
 
 
@@ -83,14 +79,10 @@ def well_scores(
 def _check(labels: NDArray[Any], probabilities: NDArray[Any]) -> None:
     """Refuse arrays that cannot be scored."""
     if labels.ndim != 1 or probabilities.ndim != 2 or len(labels) != len(probabilities):
-        raise ValueError(
-            f"labels {labels.shape} and probabilities {probabilities.shape} must be (N,) and (N, K)"
-        )
+        raise ValueError(f"labels {labels.shape} and probabilities {probabilities.shape} must be (N,) and (N, K)")
     if not len(labels):
         raise ValueError("there is no image to score; check the labels and the selection of tiles")
     if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
         raise ValueError(f"labels span [{labels.min()}, {labels.max()}] for {probabilities.shape[1]} classes")
     if not np.isfinite(probabilities).all():
-        raise ValueError(
-            "probabilities hold values that are not finite; the model that gave them has diverged"
-        )
+        raise ValueError("probabilities hold values that are not finite; the model that gave them has diverged")

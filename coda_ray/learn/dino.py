@@ -37,9 +37,7 @@ class DinoLoss(nn.Module):
 
     centre: Tensor
 
-    def __init__(
-        self, out_dim: int, *, student_temperature: float, centre_momentum: float, centering: Centering
-    ) -> None:
+    def __init__(self, out_dim: int, *, student_temperature: float, centre_momentum: float, centering: Centering) -> None:
         super().__init__()
         if centering not in ("mean", "sinkhorn"):
             raise ValueError(f"dino.centering = {centering!r}: choose mean or sinkhorn")

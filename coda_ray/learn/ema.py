@@ -24,9 +24,7 @@ def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """
     old, new = dict(teacher.named_parameters()), dict(student.named_parameters())
     if old.keys() != new.keys():
-        raise ValueError(
-            f"teacher and student differ in {sorted(old.keys() ^ new.keys())}; build both from one spec"
-        )
+        raise ValueError(f"teacher and student differ in {sorted(old.keys() ^ new.keys())}; build both from one spec")
     torch._foreach_lerp_(list(old.values()), list(new.values()), 1.0 - momentum)
     for kept, fresh in zip(teacher.buffers(), student.buffers(), strict=True):
         kept.copy_(fresh)

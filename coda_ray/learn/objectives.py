@@ -41,9 +41,7 @@ class Objective(Protocol):
     def to(self, device: torch.device) -> None:
         """Move everything to a device; before the optimizer is built."""
 
-    def loss(
-        self, network: nn.Module, minibatch: dict[str, Tensor], step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, network: nn.Module, minibatch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of one mini-batch, and metrics as detached 0-d tensors, without a host sync."""
 
     def before_update(self, step: int) -> None:
@@ -161,17 +159,13 @@ class DinoObjective:
     def teacher_temperature(self, step: int) -> float:
         """Return the teacher's temperature at a step."""
         plan = self.schedule
-        return linear_then_constant(
-            step, plan.teacher_temperature_ramp, plan.teacher_temperature_start, plan.teacher_temperature
-        )
+        return linear_then_constant(step, plan.teacher_temperature_ramp, plan.teacher_temperature_start, plan.teacher_temperature)
 
     def momentum(self, step: int) -> float:
         """Return the share of the old teacher that an update at this step keeps."""
         return cosine(step, self.schedule.steps, self.schedule.ema_start, self.schedule.ema_end)
 
-    def loss(
-        self, network: nn.Module, minibatch: dict[str, Tensor], step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, network: nn.Module, minibatch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss, then move the centre.
 
         Parameters
@@ -228,11 +222,7 @@ class DinoObjective:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Name student, teacher, both heads and the centre; the tensors are live."""
-        state = {
-            f"{part}.{key}": value
-            for part, module in self._parts().items()
-            for key, value in module.state_dict().items()
-        }
+        state = {f"{part}.{key}": value for part, module in self._parts().items() for key, value in module.state_dict().items()}
         return {**state, "centre": self.criterion.centre}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -307,9 +297,7 @@ class SupervisedObjective:
         """Move the model to a device; before the optimizer is built."""
         self.network.to(device)
 
-    def loss(
-        self, network: nn.Module, minibatch: dict[str, Tensor], step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, network: nn.Module, minibatch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the cross-entropy of one mini-batch; metrics are `loss` and `accuracy`."""
         device = next(self.network.parameters()).device
         views = supervised_view(

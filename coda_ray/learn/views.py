@@ -50,9 +50,7 @@ class ViewRecipe:
         """Check that views fit into the crop."""
         for name in ("size_global", "size_local"):
             if not 0 < getattr(self, name) <= self.tile_crop:
-                raise ValueError(
-                    f"views.{name} = {getattr(self, name)}: must be 1 to views.tile_crop = {self.tile_crop}"
-                )
+                raise ValueError(f"views.{name} = {getattr(self, name)}: must be 1 to views.tile_crop = {self.tile_crop}")
 
 
 @dataclass(frozen=True)
@@ -214,9 +212,7 @@ def dino_views(
         by a pair.
     """
     if partners is not None and partners.shape != tiles.shape:
-        raise ValueError(
-            f"partners are {tuple(partners.shape)}, tiles {tuple(tiles.shape)}; the shapes must be equal"
-        )
+        raise ValueError(f"partners are {tuple(partners.shape)}, tiles {tuple(tiles.shape)}; the shapes must be equal")
     if partners is not None and recipe.locals_per_sample % 2:
         raise ValueError(f"views.locals_per_sample = {recipe.locals_per_sample}: pairs need an even number")
     shape = _shape(tiles)

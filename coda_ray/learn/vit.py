@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
+import torch
 from safetensors.torch import load_file
+from timm.layers.attention import Attention
 from timm.layers.config import set_fused_attn
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,39 @@ class VitSpec:
         if self.name != "vit":
             given = [key for key, value in sizes.items() if value is not None]
             if given:
-                raise ValueError(
-                    f"{self.name} has its own {', '.join(given)}: leave them out, or use model 'vit'"
-                )
+                raise ValueError(f"{self.name} has its own {', '.join(given)}: leave them out, or use model 'vit'")
             return
         missing = [key for key, value in {"image_size": self.image_size, **sizes}.items() if value is None]
         if missing:
             raise ValueError(f"model 'vit' needs {', '.join(missing)}")
+
+
+class CpuFriendlyAttention(Attention):
+    """timm's attention, but in float32 where a CPU computes the rest in bfloat16.
+
+    Between few tokens (local views, small networks) torch's bfloat16 backward of
+    `scaled_dot_product_attention` takes four to seven times as long on a CPU as the float32 one, which
+    outweighs what bfloat16 saves elsewhere.
+    """
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attend among tokens (B, N, D)."""
+        if not (x.device.type == "cpu" and torch.is_autocast_enabled("cpu")) or self.gate is not None:
+            return super().forward(x, attn_mask, is_causal)
+        samples, length, _ = x.shape
+        qkv = self.qkv(x).view(samples, length, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).float()
+        with torch.autocast("cpu", enabled=False):
+            mixed = scaled_dot_product_attention(
+                self.q_norm(q),
+                self.k_norm(k),
+                v,
+                attn_mask=attn_mask,
+                dropout_p=self.attn_drop.p if self.training else 0.0,
+                is_causal=is_causal,
+            )
+        joined = self.norm(mixed.transpose(1, 2).reshape(samples, length, self.attn_dim))
+        return cast(Tensor, self.proj_drop(self.proj(joined)))
 
 
 def build_vit(spec: VitSpec, *, drop_path: float) -> VisionTransformer:
@@ -85,6 +114,7 @@ def build_vit(spec: VitSpec, *, drop_path: float) -> VisionTransformer:
             num_classes=0,
             dynamic_img_size=True,
             drop_path_rate=drop_path,
+            attn_layer=CpuFriendlyAttention,
         )
     return _create(spec.name, spec.channels, spec.image_size, drop_path=drop_path, pretrained=False)
 
@@ -136,9 +166,7 @@ def initialise(vit: VisionTransformer, init: str) -> None:
     if path.suffix != ".safetensors":
         raise ValueError(f"init = {init!r}: give imagenet, random, or the path of a .safetensors file")
     if not path.is_file():
-        raise FileNotFoundError(
-            f"init = {init!r}: no such file; give imagenet, random, or a .safetensors file"
-        )
+        raise FileNotFoundError(f"init = {init!r}: no such file; give imagenet, random, or a .safetensors file")
     state = load_file(path)
     load_exactly(vit, {key: value for key, value in state.items() if not key.startswith("head.")}, str(path))
 
@@ -174,9 +202,7 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
     module.load_state_dict(dict(state))
 
 
-def _create(
-    name: str, channels: int, image_size: int | None, *, drop_path: float, pretrained: bool
-) -> VisionTransformer:
+def _create(name: str, channels: int, image_size: int | None, *, drop_path: float, pretrained: bool) -> VisionTransformer:
     """Make timm's model of that name, and insist that it is a plain ViT with a CLS token."""
     sizes: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     try:
@@ -187,18 +213,17 @@ def _create(
             in_chans=channels,
             dynamic_img_size=True,
             drop_path_rate=drop_path,
+            attn_layer=CpuFriendlyAttention,
             **sizes,
         )
-    except TypeError:  # timm's other architectures do not take dynamic_img_size
+    except TypeError:  # timm's other architectures do not take these options
         model = None
     except RuntimeError as error:
         if "Unknown model" not in str(error):
             raise
         model = None
     if not isinstance(model, VisionTransformer) or not model.has_class_token or model.num_prefix_tokens != 1:
-        raise ValueError(
-            f"model {name!r}: timm has no plain vision transformer of that name; try deit_small_patch16_224"
-        )
+        raise ValueError(f"model {name!r}: timm has no plain vision transformer of that name; try deit_small_patch16_224")
     return model
 
 
@@ -213,7 +238,6 @@ def _imagenet(vit: VisionTransformer) -> dict[str, Tensor]:
         source = _create(name, vit.patch_embed.proj.in_channels, side, drop_path=0.0, pretrained=True)
     except Exception as error:  # the network, the hub's client and its cache each raise their own kind
         raise RuntimeError(
-            f"init = imagenet: the weights of {name} could not be had; {remedy} "
-            f"({type(error).__name__}: {error})"
+            f"init = imagenet: the weights of {name} could not be had; {remedy} ({type(error).__name__}: {error})"
         ) from error
     return source.state_dict()

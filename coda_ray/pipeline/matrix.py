@@ -4,7 +4,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -15,9 +15,10 @@ from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.transfer import Request, Transfer, plan, score, stages_of
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key
-from coda_ray.tracking.figures import matrix_heatmap
+from coda_ray.tracking.figures import figure_png, matrix_figures
+from coda_ray.tracking.records import read_history
 from coda_ray.tracking.runs import Tracker
-from coda_ray.tracking.table import compile_transfers, job_matrix, select
+from coda_ray.tracking.table import compile_transfers, job_matrix
 from coda_ray.training.launch import resources, workers_of
 from coda_ray.training.loop import Report
 
@@ -38,14 +39,16 @@ class Outcome:
         Rows of `transfers.parquet` that belong to this job.
     matrix
         Tidy table of every score and granularity.
-    heatmap
-        Address of the picture.
+    heatmaps
+        Addresses of the pictures.
+    ui_hint
+        How to look at the runs in MLflow.
     """
 
     transfers: pd.DataFrame
     matrix: pd.DataFrame
-    heatmap: str
-    failures: dict[str, str] = field(default_factory=dict)
+    heatmaps: list[str]
+    ui_hint: str | None = None
 
 
 def run_transfers(
@@ -96,6 +99,7 @@ def run_transfers(
         failures = runner.run()
         table = compile_transfers(results)
         outcome = _tables(results, job, table, tracker)
+        outcome.ui_hint = tracker.ui_hint
     finally:
         tracker.close()
     if failures:
@@ -111,24 +115,15 @@ def _tables(results: Folder, job: dict[str, Any], table: pd.DataFrame, tracker: 
     """Tabulate and draw a job's transfers."""
     own = table[table["key"].isin(job["transfers"])].reset_index(drop=True)
     if own.empty:
-        return Outcome(own, own, "")
+        return Outcome(own, own, [])
     matrix = job_matrix(table, job)
-    granularity = matrix["granularity"].iloc[0]
-    figure = matrix_heatmap(select(matrix, "accuracy", granularity), "accuracy")
-    path = f"jobs/{job['key']}-matrix.png"
-    results.write(path, _png(figure))
-    results.write(f"jobs/{job['key']}-matrix.csv", matrix.to_csv(index=False).encode())
-    tracker.finish_job(job, matrix, figure)
-    return Outcome(own, matrix, results.address(path))
-
-
-def _png(figure: Any) -> bytes:
-    """Render a figure."""
-    import io
-
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=150)
-    return sink.getvalue()
+    folder = f"jobs/{job['key']}"
+    results.write(f"{folder}/matrix.csv", matrix.to_csv(index=False).encode())
+    figures = matrix_figures(matrix)
+    for name, figure in figures.items():
+        results.write(f"{folder}/{name}.png", figure_png(figure))
+    tracker.finish_job(job, matrix, figures)
+    return Outcome(own, matrix, [results.address(f"{folder}/{name}.png") for name in figures])
 
 
 class _Runner:
@@ -193,9 +188,9 @@ class _Runner:
         of_transfer = self.trained.get(stage.key)
         if of_transfer:
             transfer = of_transfer[0]
-            return self.tracker.live({**transfer.identity, "key": transfer.key, "kind": "transfer"})
+            return self.tracker.live({**transfer.identity, "key": transfer.key})
         if stage.kind in ("pretrain", "classify"):
-            return self.tracker.live({"key": stage.key, "name": stage.title, "kind": "stage"})
+            return self.tracker.live_stage(stage.title, stage.key)
         return None
 
     def _wait(self) -> None:
@@ -217,11 +212,11 @@ class _Runner:
     def _score(self, stage: Stage) -> None:
         """Send a finished stage's curve, and score the transfers that it answers for."""
         if stage.kind in ("pretrain", "classify"):
-            self.tracker.stage(stage.title, stage.key, stage.path)
+            self.tracker.stage(stage.title, stage.key, read_history(self.results, stage.path))
         wanted = self.scored.get(stage.key, [])
         for record in score(self.config, self.results, wanted):
             self.results.write(f"transfers/{record['key']}.json", json.dumps(record, indent=1).encode())
-            self.tracker.transfer(record)
+            self.tracker.transfer(record, read_history(self.results, record["history"]))
 
     def _at_a_time(self) -> int:
         """How many stages are handed out: any number of small ones, which Ray queues; of worker groups what fits."""

@@ -65,7 +65,10 @@ def _show(console: Console, config: Config, outcome: Outcome) -> None:
         console.print(render_matrix(select(outcome.matrix, "accuracy", granularity)))
     results = open_place(config.results)
     console.print(f"transfers: {results.address('transfers.parquet')}", soft_wrap=True, highlight=False)
-    console.print(f"heat map:  {outcome.heatmap}", soft_wrap=True, highlight=False)
+    for address in outcome.heatmaps:
+        console.print(f"heat map:  {address}", soft_wrap=True, highlight=False)
+    if outcome.ui_hint:
+        console.print(f"MLflow:    {outcome.ui_hint}", soft_wrap=True, highlight=False)
 
 
 def transfers_table(transfers: pd.DataFrame) -> Table:

@@ -56,9 +56,7 @@ def matrix_heatmap(tidy: pd.DataFrame) -> Figure:
     width, height = len(targets) * CELL_INCHES[0] + 1.1, len(sources) * CELL_INCHES[1] + 0.9
     rows = math.ceil(len(methods) / max(2, int(PAGE_INCHES / width)))
     columns = math.ceil(len(methods) / rows)
-    figure = Figure(
-        figsize=(max(columns * width + 1.0, 6.5), rows * height + 0.7), dpi=150, layout="constrained"
-    )
+    figure = Figure(figsize=(max(columns * width + 1.0, 6.5), rows * height + 0.7), dpi=150, layout="constrained")
     scale = Normalize(0.0, 100 * max(float(tidy["mean"].max()), 0.01))
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for number, panel in enumerate(panels):
@@ -91,15 +89,11 @@ def _panel(
     none = (math.nan, math.nan)
     means = np.array([[100 * cells.get((s, t), none)[0] for t in targets] for s in sources])
     panel.set_facecolor("0.92")
-    mesh = panel.pcolormesh(
-        np.ma.masked_invalid(means), norm=scale, cmap=COLOURS, edgecolors="white", linewidth=1.5
-    )
+    mesh = panel.pcolormesh(np.ma.masked_invalid(means), norm=scale, cmap=COLOURS, edgecolors="white", linewidth=1.5)
     for (y, x), mean in np.ndenumerate(means):
         text = cell_text(*cells.get((sources[y], targets[x]), none)).replace(" ± ", "\n± ")
         dark = math.isfinite(mean) and _luminance(mesh.to_rgba(mean)) < 0.5
-        panel.text(
-            x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=9, color="white" if dark else "black"
-        )
+        panel.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
     panel.set_xticks(np.arange(len(targets)) + 0.5, targets, fontsize=9)
     panel.set_yticks(np.arange(len(sources)) + 0.5, sources, fontsize=9)
     panel.set(xlabel="target", ylabel="source", xlim=(0, len(targets)), ylim=(len(sources), 0))

@@ -1,6 +1,7 @@
 """One background thread that sends records in order, so that no caller ever waits for a server."""
 
 import logging
+import re
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
@@ -111,9 +112,7 @@ class Outbox:
                 self._sent += counts
                 self._unreachable = 0
             if self.gave_up:
-                log.log(
-                    self._level, "%s: not reached %d times in a row; not tried again", self._name, PATIENCE
-                )
+                log.log(self._level, "%s: not reached %d times in a row; not tried again", self._name, PATIENCE)
                 with self._changed:
                     self._waiting.clear()
 
@@ -140,6 +139,11 @@ def is_unreachable(error: BaseException | None) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """First line of an error's text, shortened."""
+    """First line of an error's text, shortened, without passwords."""
     lines = str(error).strip().splitlines() or [""]
-    return lines[0][:300]
+    return without_password(lines[0])[:300]
+
+
+def without_password(text: str) -> str:
+    """Take user and password out of the addresses in a text."""
+    return re.sub(r"//[^/@\s]*@", "//", text)

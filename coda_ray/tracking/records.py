@@ -53,9 +53,7 @@ def read_record(results: Folder, path: str) -> dict[str, Any]:
     try:
         record = json.loads(results.read(path))
     except ValueError as error:
-        raise ValueError(
-            f"{results.address(path)}: not JSON ({error}); delete it and run its job again"
-        ) from None
+        raise ValueError(f"{results.address(path)}: not JSON ({error}); delete it and run its job again") from None
     if not isinstance(record, dict) or "key" not in record:
         raise ValueError(f"{results.address(path)}: not a record with a key; delete it and run its job again")
     return record
@@ -105,12 +103,8 @@ def transfers_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     for record in records:
         missing = [name for name in TRANSFER_COLUMNS if name not in record]
         if missing:
-            raise ValueError(
-                f"transfers/{record.get('key')}.json lacks {', '.join(missing)}; delete it and run its job again"
-            )
-    frame = pd.DataFrame(
-        [{name: record[name] for name in TRANSFER_COLUMNS} for record in records], columns=TRANSFER_COLUMNS
-    )
+            raise ValueError(f"transfers/{record.get('key')}.json lacks {', '.join(missing)}; delete it and run its job again")
+    frame = pd.DataFrame([{name: record[name] for name in TRANSFER_COLUMNS} for record in records], columns=TRANSFER_COLUMNS)
     whole = ("seed", "n_images", "n_wells", "steps")
     kinds = {name: "int64" if name in whole else "float64" for name in (*MEASURES, "seed")}
     kinds |= {name: "str" for name in TRANSFER_COLUMNS if name not in kinds}

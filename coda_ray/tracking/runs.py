@@ -12,8 +12,8 @@ from coda_ray.config import Tracking
 from coda_ray.storage import Folder
 from coda_ray.tracking.figures import figure_png
 from coda_ray.tracking.live import LiveLogger
-from coda_ray.tracking.outbox import Outbox
-from coda_ray.tracking.store import RunStore, without_password
+from coda_ray.tracking.outbox import Outbox, without_password
+from coda_ray.tracking.store import RunStore
 
 log = logging.getLogger(__name__)
 # What a whole job may wait for the runs of its live curves: importing MLflow and making a database take seconds.
@@ -119,9 +119,7 @@ class Tracker:
 
     def live_stage(self, title: str, key: str) -> LiveLogger | None:
         """Make a stage's run before its training; otherwise as `live`."""
-        return self._live(
-            f"stage {title}", lambda store: store.stage(title, key, None, self._ensure_parent(store))
-        )
+        return self._live(f"stage {title}", lambda store: store.stage(title, key, None, self._ensure_parent(store)))
 
     def finish_job(
         self,

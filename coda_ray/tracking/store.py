@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import re
 import tempfile
 import threading
 import time
@@ -74,11 +73,6 @@ def tracking_address(tracking: Tracking, results: Folder) -> str | None:
         results.address(),
     )
     return None
-
-
-def without_password(address: str) -> str:
-    """Take user and password out of an address."""
-    return re.sub(r"//[^/@]*@", "//", address)
 
 
 def open_client(address: str) -> "MlflowClient":
@@ -152,9 +146,7 @@ class RunStore:
             self._send_differences(run, tags={"job": record["kind"], NOTE_TAG: _note(record, None)})
         return str(run.info.run_id)
 
-    def finish_job(
-        self, record: Mapping[str, Any], matrix: pd.DataFrame | None, pictures: Mapping[str, bytes]
-    ) -> None:
+    def finish_job(self, record: Mapping[str, Any], matrix: pd.DataFrame | None, pictures: Mapping[str, bytes]) -> None:
         """Put configuration, matrix and figures on a job's run and end it.
 
         Parameters
@@ -247,9 +239,7 @@ class RunStore:
             )
         return str(found.experiment_id)
 
-    def _ensure(
-        self, kind: str, key: str, name: str, parent: str | None, history: pd.DataFrame | None
-    ) -> "Run":
+    def _ensure(self, kind: str, key: str, name: str, parent: str | None, history: pd.DataFrame | None) -> "Run":
         """Find the run of a record under its newest parent, or make it."""
         client = self.client
         where = f"tags.kind = '{kind}' and tags.key = '{key}'"

@@ -71,9 +71,7 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
 
     parents = {job["key"]: store.job(job) for job in jobs}
     for record in transfers:
-        store.transfer(
-            record, read_history(results, record["history"]), parents.get(job_of.get(record["key"], ""))
-        )
+        store.transfer(record, read_history(results, record["history"]), parents.get(job_of.get(record["key"], "")))
         advance()
     sent = 0
     for path in stages:

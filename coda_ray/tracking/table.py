@@ -108,7 +108,9 @@ def matrix_table(transfers: pd.DataFrame, metric: str, granularity: Granularity)
     rows = rows.assign(weighted=rows[metric] * rows[weight], weight=rows[weight])
     seeds = rows.groupby([*CELL, "seed"], as_index=False)[["weighted", "weight"]].sum()
     seeds["score"] = seeds["weighted"] / seeds["weight"]
-    table = seeds.groupby(CELL, as_index=False)["score"].agg(mean="mean", std="std", n_seeds="count")
+    table = pd.DataFrame(
+        seeds.groupby(CELL, as_index=False).agg(mean=("score", "mean"), std=("score", "std"), n_seeds=("score", "count"))
+    )
     table.insert(0, "granularity", granularity)
     table.insert(0, "metric", metric)
     order = (
@@ -117,7 +119,7 @@ def matrix_table(transfers: pd.DataFrame, metric: str, granularity: Granularity)
         [*map(_method_rank, table["method"])],
     )
     table = table.iloc[sorted(range(len(table)), key=lambda i: tuple(column[i] for column in order))]
-    return table.reset_index(drop=True).reindex(columns=list(MATRIX_COLUMNS))
+    return table.reset_index(drop=True).loc[:, list(MATRIX_COLUMNS)]
 
 
 def is_unadapted(method: str) -> bool:
@@ -198,9 +200,7 @@ def _grid(tidy: pd.DataFrame) -> tuple[list[str], list[list[str]], list[list[str
     cells = {cell: cell_text(*values) for cell, values in cells_of(tidy).items()}
     pairs = list(dict.fromkeys(zip(tidy["source"], tidy["target"], strict=True)))
     rows = [[f"{s} → {t}", *[cells.get((s, t, method), "–") for method in methods]] for s, t in pairs]
-    wide = tidy[tidy["source"] != tidy["target"]].pivot(
-        index=["source", "target"], columns="method", values="mean"
-    )
+    wide = tidy[tidy["source"] != tidy["target"]].pivot(index=["source", "target"], columns="method", values="mean")
     whole = wide.reindex(columns=methods).dropna()
     name = f"mean of {len(whole)} source ≠ target"
     means = [[name, *[f"{100 * whole[method].mean():.1f}" for method in methods]]] if len(whole) > 1 else []

@@ -11,15 +11,11 @@ def knn_by_loops(bank, bank_labels, queries, labels, k, temperature):
     """The same in plain loops and Python floats."""
 
     def cosine(a, b):
-        return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(
-            sum(x * x for x in a) * sum(y * y for y in b)
-        )
+        return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
 
     right = 0
     for query, label in zip(queries.tolist(), labels, strict=True):
-        near = sorted(
-            ((cosine(query, row), c) for row, c in zip(bank.tolist(), bank_labels, strict=True)), reverse=True
-        )[:k]
+        near = sorted(((cosine(query, row), c) for row, c in zip(bank.tolist(), bank_labels, strict=True)), reverse=True)[:k]
         votes: dict[int, float] = {}
         for value, c in near:
             votes[c] = votes.get(c, 0.0) + math.exp(value / temperature)
@@ -50,15 +46,12 @@ def test_weights_let_one_close_neighbour_outvote_two_far_ones():
 def test_low_temperatures_and_zero_rows_stay_finite():
     with np.errstate(all="raise", under="ignore"):
         bank = np.array([[1.0, 0.0], [0.0, 0.0]])
-        assert (
-            knn_accuracy(bank, np.array([1, 0]), np.array([[2.0, 0.0]]), np.array([1]), temperature=1e-3)
-            == 1.0
-        )
+        assert knn_accuracy(bank, np.array([1, 0]), np.array([[2.0, 0.0]]), np.array([1]), temperature=1e-3) == 1.0
 
 
 def test_wrong_arrays_are_refused():
     bank = np.ones((3, 2))
     with pytest.raises(ValueError, match="bank and queries"):
         knn_accuracy(bank, np.zeros(3, int), np.ones((0, 2)), np.zeros(0, int))
-    with pytest.raises(ValueError, match=r"(M, D) with M"):
+    with pytest.raises(ValueError, match=r"\(M, D\) with M"):
         knn_accuracy(bank, np.zeros(3, int), np.ones((4, 5)), np.zeros(4, int))

@@ -173,9 +173,7 @@ def test_loss_less_entropy_is_the_divergence_from_the_student() -> None:
     targets = criterion.targets(teacher, 0.5)
     log_p = torch.log_softmax(student / 0.1, -1).view(8, B, K)
     q = targets.view(2, B, K)
-    divergences = [
-        (q[t] * (q[t].log() - log_p[v])).sum(-1).mean() for t in range(2) for v in range(8) if t != v
-    ]
+    divergences = [(q[t] * (q[t].log() - log_p[v])).sum(-1).mean() for t in range(2) for v in range(8) if t != v]
     kl = criterion.cross_entropy(student, targets) - teacher_entropy(targets)[0]
     torch.testing.assert_close(kl, torch.stack(divergences).mean())
 
@@ -228,9 +226,9 @@ def test_guard_can_be_off_and_its_ceiling_too(caplog: pytest.LogCaptureFixture) 
 
 
 def test_unknown_choices_are_refused() -> None:
-    with pytest.raises(ValueError, match="dino.centering = 'median': choose mean or sinkhorn"):
+    with pytest.raises(ValueError, match=r"dino\.centering = 'median': choose mean or sinkhorn"):
         _criterion("median")
-    with pytest.raises(ValueError, match="dino.collapse = 'pray': choose stop, warn or off"):
+    with pytest.raises(ValueError, match=r"dino\.collapse = 'pray': choose stop, warn or off"):
         _guard("pray")
 
 

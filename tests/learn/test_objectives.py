@@ -1,11 +1,15 @@
 """Objectives, driven as the training loop drives them, on a small transformer."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from coda_ray.learn.dino import DinoLoss, koleo
 from coda_ray.learn.dual import DualModel
@@ -89,21 +93,18 @@ def _adamw(objective: Objective) -> torch.optim.AdamW:
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_dino_loss_equals_one_forward_pass_per_view(paired: bool) -> None:
-    objective = _dino(drop_path=0.0)
-    objective.criterion.centre.normal_()
+    objective, plain = (_dino(drop_path=0.0) for _ in range(2))
+    for each in (objective, plain):
+        each.criterion.centre.copy_(torch.linspace(-1, 1, K))
     minibatch = _minibatch(paired=paired)
     loss, metrics = objective.loss(objective.network, minibatch, step=2)
     global_views, local_views = dino_views(
         minibatch["tile"], minibatch.get("partner"), seed=7, samples=np.arange(B), recipe=RECIPE
     )
-    fresh = _dino(drop_path=0.0)
     views = [*global_views.split(1), *local_views.split(1)]
-    student = torch.cat([fresh.student(view)[0] for view in views])
-    teacher = torch.cat([fresh.teacher(view)[0] for view in views[: 2 * B]])
-    torch.manual_seed(0)
-    again = _dino(drop_path=0.0)
-    again.criterion.centre.normal_()
-    torch.testing.assert_close(loss, again.criterion(student, teacher, 0.06), rtol=1e-5, atol=1e-5)
+    student = torch.cat([plain.student(view)[0] for view in views])
+    teacher = torch.cat([plain.teacher(view)[0] for view in views[: 2 * B]])
+    torch.testing.assert_close(loss, plain.criterion(student, teacher, 0.06), rtol=1e-5, atol=1e-5)
     assert metrics["kl"].item() == pytest.approx(metrics["loss"].item() - metrics["entropy"].item())
     assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
     assert set(metrics) == {"loss", "entropy", "mean_entropy", "kl"}
@@ -114,9 +115,7 @@ def test_koleo_is_added_once_per_global_view() -> None:
     minibatch = _minibatch()
     without, _ = plain.loss(plain.network, minibatch, 0)
     loss, metrics = spread.loss(spread.network, minibatch, 0)
-    global_views, _ = dino_views(
-        minibatch["tile"], minibatch["partner"], seed=7, samples=np.arange(B), recipe=RECIPE
-    )
+    global_views, _ = dino_views(minibatch["tile"], minibatch["partner"], seed=7, samples=np.arange(B), recipe=RECIPE)
     _, cls = plain.student(global_views)
     expected = koleo(cls[:B]) + koleo(cls[B:])
     torch.testing.assert_close(metrics["koleo"], expected.detach(), rtol=1e-4, atol=1e-4)
@@ -149,9 +148,7 @@ def test_centre_follows_the_teacher_of_the_same_step() -> None:
     objective = _dino(drop_path=0.0)
     minibatch = _minibatch()
     objective.loss(objective.network, minibatch, 0)
-    global_views, _ = dino_views(
-        minibatch["tile"], minibatch["partner"], seed=7, samples=np.arange(B), recipe=RECIPE
-    )
+    global_views, _ = dino_views(minibatch["tile"], minibatch["partner"], seed=7, samples=np.arange(B), recipe=RECIPE)
     torch.testing.assert_close(objective.criterion.centre, 0.1 * objective.teacher(global_views)[0].mean(0))
     balanced = _dino(centering="sinkhorn")
     balanced.loss(balanced.network, minibatch, 0)
@@ -278,6 +275,48 @@ def test_supervised_training_restores_from_its_state(dual: bool) -> None:
     assert torch.equal(objective.network.eval()(views)[0], other.network.eval()(views)[0])
     with pytest.raises(ValueError, match="not a classifier's: it has centre"):
         other.load_state_dict({"centre": torch.zeros(1)})
+
+
+def _on_rank(rank: int, meeting: str, results: str) -> None:
+    """Give each of two ranks half of every mini-batch, and keep the gradients of the first step."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    for name, objective in (("dino", _dino(drop_path=0.0)), ("dual", _supervised(dual=True))):
+        wrapped = DistributedDataParallel(objective.network, find_unused_parameters=objective.find_unused)
+        optimizer = _adamw(objective)
+        for step in range(3):
+            mine = {key: value[rank * B // 2 : (rank + 1) * B // 2] for key, value in _minibatch(step).items()}
+            loss, _ = objective.loss(wrapped, mine, step)
+            optimizer.zero_grad()
+            loss.backward()
+            if step == 0:
+                torch.save(_found(objective), f"{results}/{name}{rank}.pt")
+            objective.before_update(step)
+            optimizer.step()
+            objective.after_update(step)
+        torch.save(objective.state_dict(), f"{results}/{name}{rank}-after.pt")
+    dist.destroy_process_group()
+
+
+def _found(objective: Objective) -> dict[str, Tensor]:
+    """Gradients, and the centre where there is one."""
+    found = {name: p.grad for name, p in objective.network.named_parameters() if p.grad is not None}
+    return {**found, "centre": objective.criterion.centre} if isinstance(objective, DinoObjective) else found
+
+
+@pytest.mark.slow
+def test_two_ranks_find_the_gradients_that_one_finds(tmp_path: Path) -> None:
+    mp.spawn(_on_rank, args=(str(tmp_path / "meeting"), str(tmp_path)), nprocs=2)
+    for name, objective in (("dino", _dino(drop_path=0.0)), ("dual", _supervised(dual=True))):
+        loss, _ = objective.loss(objective.network, _minibatch(), 0)
+        loss.backward()
+        expected = _found(objective)
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True)
+            for key, value in expected.items():
+                torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5, msg=f"{name} {key}")
+        states = [torch.load(tmp_path / f"{name}{rank}-after.pt", weights_only=True) for rank in range(2)]
+        assert all(torch.equal(value, states[1][key]) for key, value in states[0].items()), "ranks drift apart"
 
 
 @pytest.mark.gpu

@@ -65,11 +65,7 @@ def _plain_group(images: list[Tensor], size: int, jitter: bool, stream: int) -> 
     per_view = 9 if jitter else 4
     u = uniforms(SEED, SAMPLES, len(images) * per_view, stream).reshape(len(SAMPLES), len(images), per_view)
     return np.stack(
-        [
-            _plain_view(image[b].numpy(), u[b, v], size, jitter)
-            for v, image in enumerate(images)
-            for b in range(len(SAMPLES))
-        ]
+        [_plain_view(image[b].numpy(), u[b, v], size, jitter) for v, image in enumerate(images) for b in range(len(SAMPLES))]
     )
 
 
@@ -107,9 +103,7 @@ def test_tiles_are_left_as_they_were() -> None:
 
 
 def _draws(samples: NDArray[np.int64], seed: int = SEED) -> ViewDraws:
-    return draw_views(
-        seed, samples, stream=5, n_views=2, size=24, tile_shape=(3, 45, 51), recipe=RECIPE, jitter=True
-    )
+    return draw_views(seed, samples, stream=5, n_views=2, size=24, tile_shape=(3, 45, 51), recipe=RECIPE, jitter=True)
 
 
 def test_draws_depend_on_seed_and_sample_alone() -> None:
@@ -143,9 +137,7 @@ def test_a_certain_and_an_impossible_flip() -> None:
     for share, flipped in ((0.0, False), (1.0, True)):
         recipe = dataclasses.replace(RECIPE, flip_probability=share, jitter_probability=0.0)
         shape = (3, 45, 51)
-        drawn = draw_views(
-            SEED, SAMPLES, stream=5, n_views=1, size=40, tile_shape=shape, recipe=recipe, jitter=False
-        )
+        drawn = draw_views(SEED, SAMPLES, stream=5, n_views=1, size=40, tile_shape=shape, recipe=recipe, jitter=False)
         centre = evaluation_view(tiles, 40)
         torch.testing.assert_close(cut(tiles, drawn), centre.flip(-1, -2) if flipped else centre, atol=1e-4, rtol=0)
 

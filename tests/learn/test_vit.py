@@ -46,6 +46,23 @@ def test_fused_attention_equals_attention_written_out() -> None:
     weights = ((q @ k.transpose(-2, -1)) / 12**0.5).softmax(-1)
     expected = attention.proj((weights @ v).transpose(1, 2).reshape(2, 5, 24))
     torch.testing.assert_close(attention(x), expected, atol=1e-5, rtol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(attention(x).float(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_attention_in_bf16_on_a_cpu_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    product = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
+        seen.extend([q.dtype, k.dtype, v.dtype])
+        return product(q, k, v, **options)
+
+    monkeypatch.setattr("coda_ray.learn.vit.scaled_dot_product_attention", spy)
+    block = build_vit(SMALL, drop_path=0.0).blocks[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        block(torch.randn(2, 5, 24))
+    assert seen == [torch.float32] * 3
 
 
 @pytest.mark.parametrize(
@@ -99,7 +116,7 @@ def test_a_file_of_another_model_is_refused_by_key_and_shape(tmp_path: Path) -> 
 
 def test_a_path_that_cannot_be_a_weight_file(tmp_path: Path) -> None:
     vit = build_vit(SMALL, drop_path=0.0)
-    with pytest.raises(ValueError, match="init = 'weights.pth': give imagenet, random"):
+    with pytest.raises(ValueError, match=r"init = 'weights\.pth': give imagenet, random"):
         initialise(vit, "weights.pth")
     with pytest.raises(FileNotFoundError, match="no such file"):
         initialise(vit, str(tmp_path / "absent.safetensors"))

@@ -1,0 +1,337 @@
+"""MLflow as people will find it, in a database, behind a server that is dead, and behind one that never answers."""
+
+import logging
+import os
+import pickle
+import shutil
+import socket
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from coda_ray.config import Tracking
+from coda_ray.storage import Folder
+from coda_ray.tracking.figures import matrix_figures
+from coda_ray.tracking.live import LiveLogger
+from coda_ray.tracking.records import IDENTITY, MEASURES, read_history, read_record, read_records
+from coda_ray.tracking.runs import Tracker
+from coda_ray.tracking.store import ENVIRONMENT, RunStore, open_client
+from coda_ray.tracking.sync import sync
+from coda_ray.tracking.table import compile_transfers, job_matrix
+from jobs import sync_mlflow
+
+WAIT_S = 120.0  # only reached when something is broken
+
+
+def runs_by_kind(store):
+    """Every live run of the experiment, by kind."""
+    client = store.client
+    experiment = client.get_experiment_by_name(store.experiment)
+    found = {"job": [], "transfer": [], "stage": []}
+    for run in client.search_runs([experiment.experiment_id]):
+        found[run.data.tags["kind"]].append(run)
+    return found
+
+
+def n_points(store):
+    """Points of all curves and scores, run by run."""
+    runs = [run for runs in runs_by_kind(store).values() for run in runs]
+    return {
+        (run.info.run_id, name): len(store.client.get_metric_history(run.info.run_id, name))
+        for run in runs
+        for name in run.data.metrics
+    }
+
+
+def do_job(tracker, results, live=False):
+    """Send what a job of the pipeline sends."""
+    job = read_record(results, "jobs/jobkey1.json")
+    tracker.start_job(job)
+    tracker.stage("dino-cb A", "aaaa", read_history(results, "pretrain/aaaa"))
+    for record in read_records(results, "transfers"):
+        tracker.transfer(record, read_history(results, record["history"]))
+    matrix = job_matrix(compile_transfers(results), job)
+    tracker.finish_job(job, matrix, matrix_figures(matrix))
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory):
+    """Tables of MLflow; making them takes seconds."""
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    open_client(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def store(results, empty_database):
+    """The store of the results folder; its tables are made already."""
+    shutil.copy(empty_database, results.path("mlflow.db"))
+    return RunStore.open(Tracking(), results)
+
+
+@pytest.fixture
+def short_timeouts(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+@pytest.fixture
+def silent_server():
+    """A server that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def dead_server():
+    """An address where nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return f"http://127.0.0.1:{port}"
+
+
+def test_a_job_is_a_run_with_a_run_for_every_transfer_and_stage(results):
+    store = RunStore.open(Tracking(), results)  # makes its own tables
+    tracker = Tracker.open(Tracking(), results)
+    do_job(tracker, results)
+    assert tracker.close(WAIT_S) == 0
+    found = runs_by_kind(store)
+    (job,), (stage,) = found["job"], found["stage"]
+    assert job.data.tags["key"] == "jobkey1" and job.info.status == "FINISHED"
+    note = job.data.tags["mlflow.note.content"]
+    assert "jobs/matrix.py --config configs/demo.yaml" in note and "lr: 0.0003" in note
+    assert "| A → B | 20.5 ± 0.7 | 25.5 ± 0.7 | 50.5 ± 0.7 |" in note
+    assert len(found["transfer"]) == 20
+    records = {record["key"]: record for record in read_records(results, "transfers")}
+    for run in found["transfer"]:
+        record = records.pop(run.data.params["key"])
+        identity = {name: str(record[name]) for name in (*IDENTITY, "key")}
+        assert run.data.params == identity
+        assert identity.items() <= run.data.tags.items()
+        assert {name: run.data.metrics[name] for name in MEASURES} == {name: record[name] for name in MEASURES}
+        assert run.data.tags["mlflow.parentRunId"] == job.info.run_id and run.info.status == "FINISHED"
+        check_curve(store, run, read_history(results, record["history"]))
+    assert not records
+    check_curve(store, stage, read_history(results, "pretrain/aaaa"))
+    assert stage.data.tags["mlflow.parentRunId"] == job.info.run_id and stage.info.run_name == "dino-cb A"
+    files = {file.path for file in store.client.list_artifacts(job.info.run_id)}
+    assert files == {"config.yaml", "matrix.json", "matrix.md", "matrix-accuracy-source.png", "matrix-macro_f1-source.png"}
+    assert os.listdir(results.path("mlflow_artifacts"))
+
+
+def check_curve(store, run, history):
+    """The curve in MLflow is the history, measured points only, at the recorded steps and times."""
+    if history is None:
+        assert "loss" not in run.data.metrics
+        return
+    for name in ("loss", "knn"):
+        measured = history.dropna(subset=[name])
+        points = store.client.get_metric_history(run.info.run_id, name)
+        assert [(p.step, p.timestamp, p.value) for p in points] == [
+            *zip(measured["step"], measured["time_ms"], measured[name], strict=True)
+        ]
+    assert run.info.start_time == history["time_ms"].min() and run.info.end_time == history["time_ms"].max()
+
+
+def test_the_same_job_again_changes_no_run_and_no_point(results, store):
+    for _ in range(2):
+        tracker = Tracker.open(Tracking(), results)
+        do_job(tracker, results)
+        assert tracker.close(WAIT_S) == 0
+        found, points = runs_by_kind(store), n_points(store)
+        identity = {(r.info.run_id, r.info.status, r.data.tags["key"]) for runs in found.values() for r in runs}
+        if _ == 0:
+            first = (identity, points)
+    assert (identity, points) == first
+
+
+def test_points_that_were_sent_live_are_not_doubled(results, store, make_transfer):
+    record = make_transfer("A", "B", "coda", 0)
+    history = read_history(results, record["history"])
+    tracker = Tracker.open(Tracking(), results)
+    tracker.start_job(read_record(results, "jobs/jobkey1.json"))
+    identity = {name: record[name] for name in (*IDENTITY, "key")}
+    live = pickle.loads(pickle.dumps(tracker.live(identity)))  # noqa: S301 (as Ray carries it to a worker)
+    for point in history.head(25).to_dict("records"):
+        live(point.pop("step"), point.pop("time_ms"), point)
+    live.close(WAIT_S)
+    (run,) = runs_by_kind(store)["transfer"]
+    assert run.info.status == "RUNNING" and len(store.client.get_metric_history(run.info.run_id, "loss")) == 25
+    tracker.transfer(record, history)
+    assert tracker.close(WAIT_S) == 0
+    (after,) = runs_by_kind(store)["transfer"]
+    assert after.info.run_id == run.info.run_id and after.info.status == "FINISHED"
+    assert len(store.client.get_metric_history(run.info.run_id, "loss")) == len(history)
+    assert runs_by_kind(store)["job"][0].info.status == "FAILED"  # the job was never finished
+
+
+def test_a_changed_score_is_shown_even_where_it_fell(results, store, make_transfer):
+    for accuracy in (0.5, 0.4):
+        store.transfer(make_transfer("A", "B", "coda", 0, accuracy=accuracy), None, None)
+    (run,) = runs_by_kind(store)["transfer"]
+    assert run.data.metrics["accuracy"] == 0.4
+
+
+def test_a_transfer_moves_under_its_newest_job(results, store, make_transfer):
+    job = read_record(results, "jobs/jobkey1.json")
+    first, second = store.job(job), store.job(job | {"key": "jobkey2"})
+    for parent in (first, second):
+        store.transfer(make_transfer("A", "B", "coda", 0), None, parent)
+    (run,) = runs_by_kind(store)["transfer"]
+    assert run.data.tags["mlflow.parentRunId"] == second != first
+
+
+def test_a_run_that_a_lost_answer_doubled_is_taken_away(results, store, make_transfer):
+    record = make_transfer("A", "B", "coda", 0)
+    kept = store.transfer(record, None, None)
+    experiment = store.client.get_experiment_by_name("coda_ray").experiment_id
+    store.client.create_run(experiment, tags={"kind": "transfer", "key": record["key"]})
+    assert store.transfer(record, None, None) == kept
+    assert [run.info.run_id for run in runs_by_kind(store)["transfer"]] == [kept]
+
+
+def test_sync_twice_gives_the_same_runs_and_points(results, store, capsys, tmp_path):
+    counts = sync(results, store)
+    assert (counts.jobs, counts.transfers, counts.stages) == (1, 20, 1)
+    runs, points = runs_by_kind(store), n_points(store)
+    assert {kind: len(found) for kind, found in runs.items()} == {"job": 1, "transfer": 20, "stage": 1}
+    assert all(run.info.status == "FINISHED" for found in runs.values() for run in found)
+    steps = []
+    assert sync(results, store, lambda done, total: steps.append((done, total))) == counts
+    assert steps == [(n, 22) for n in range(1, 23)]
+    assert n_points(store) == points
+    assert {run.info.run_id for run in runs_by_kind(store)["job"]} == {run.info.run_id for run in runs["job"]}
+    assert sync_mlflow.main([f"--results.address={results.root}"]) == 0
+    assert "1 jobs, 20 transfers, 1 stages" in capsys.readouterr().out
+    assert n_points(store) == points
+
+
+def test_a_job_that_is_not_done_stays_open(results, store):
+    results.delete("transfers/ABcoda0.json")
+    sync(results, store)
+    (job,) = runs_by_kind(store)["job"]
+    assert job.info.status == "RUNNING"
+    assert not store.client.list_artifacts(job.info.run_id)
+
+
+def test_a_dead_server_costs_nothing_and_sync_completes_later(
+    results, store, dead_server, short_timeouts, monkeypatch, caplog, capsys
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", dead_server)
+    tracker = Tracker.open(Tracking(), results)
+    do_job(tracker, results)
+    assert tracker.close(WAIT_S) == 23  # job, stage, 20 transfers, end of the job
+    warnings = [r.getMessage() for r in caplog.records if r.name.startswith("coda_ray")]
+    assert len(warnings) == 3  # the first failure, that it gives up, what is missing
+    assert "23 records were not sent" in warnings[-1] and "jobs/sync_mlflow.py" in warnings[-1]
+    assert tracker.live({} | read_records(results, "transfers")[0]) is None
+    assert sync_mlflow.main([f"--results.address={results.root}"]) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert dead_server in message and "start the server" in message
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    sync(results, store)
+    assert {kind: len(found) for kind, found in runs_by_kind(store).items()} == {"job": 1, "transfer": 20, "stage": 1}
+
+
+def test_a_server_that_never_answers_makes_nobody_wait(results, silent_server, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", silent_server)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    open_client(silent_server)  # import MLflow: the thread below is to wait for the server
+    tracker = Tracker.open(Tracking(), results)
+    started = time.monotonic()
+    do_job(tracker, results)
+    sent_s = time.monotonic() - started
+    assert tracker.close(0.2) == 23
+    assert sent_s < 15 and time.monotonic() - started < 20  # the server would have held one call for 30 s
+
+
+def test_live_curves_give_up_on_a_silent_server(results, silent_server, short_timeouts, monkeypatch, make_transfer):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", silent_server)
+    monkeypatch.setattr("coda_ray.tracking.runs.LIVE_WAIT_S", 0.2)
+    tracker = Tracker.open(Tracking(), results)
+    assert tracker.live(make_transfer("A", "B", "coda", 0)) is None
+    assert tracker.live_stage("dino-cb A", "aaaa") is None
+    tracker.close(0.0)
+    live = LiveLogger(silent_server, "0" * 32)
+    for step in range(50):
+        live(step, 1_700_000_000_000 + step, {"loss": 1.0, "knn": float("nan")})
+    live.close(0.1)
+    live(51, 1_700_000_000_051, {"loss": 1.0})  # after the end: dropped
+
+
+def test_nothing_is_sent_without_an_address(results, caplog, monkeypatch, make_transfer):
+    remote = Folder(fs=object(), root="bucket/results")
+    with caplog.at_level(logging.INFO, logger="coda_ray"):
+        for tracker in (Tracker.open(Tracking(), remote), Tracker.open(Tracking(enabled=False), results)):
+            tracker.start_job({"name": "n", "key": "k"})
+            tracker.transfer(make_transfer("A", "B", "coda", 0))
+            assert tracker.live(make_transfer("A", "B", "coda", 0)) is None
+            assert tracker.close() == 0 and tracker.ui_hint is None
+    assert "MLFLOW_TRACKING_URI is not set" in caplog.text and "tracking.enabled = false" in caplog.text
+    assert not results.exists("mlflow.db")
+
+
+def test_an_experiment_that_was_deleted_is_named(results, store, make_transfer):
+    store.transfer(make_transfer("A", "B", "coda", 0), None, None)
+    store.client.delete_experiment(store.client.get_experiment_by_name("coda_ray").experiment_id)
+    fresh = RunStore.open(Tracking(), results)
+    with pytest.raises(ValueError, match=r"'coda_ray' is deleted.*tracking\.experiment"):
+        fresh.client  # noqa: B018 (opening it is the call)
+
+
+def test_keys_of_the_environment_and_passwords_never_reach_the_store(results, store, monkeypatch, caplog, short_timeouts):
+    secret = "x9-" + "wJalrXUtnFEMIK7MDENG"
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_TOKEN"):
+        monkeypatch.setenv(name, secret)
+    tracker = Tracker.open(Tracking(), results)
+    do_job(tracker, results)
+    assert tracker.close(WAIT_S) == 0
+    files = [os.path.join(root, name) for root, _, names in os.walk(results.root) for name in names]
+    assert any(path.endswith("mlflow.db") for path in files)
+    for path in files:
+        with open(path, "rb") as file:
+            assert secret.encode() not in file.read(), path
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{secret}@127.0.0.1:9/")
+    tracker = Tracker.open(Tracking(), results)
+    assert tracker.ui_hint == "http://127.0.0.1:9/"
+    tracker.start_job(read_record(results, "jobs/jobkey1.json"))
+    tracker.close(WAIT_S)
+    assert secret not in caplog.text
+
+
+def test_a_long_history_is_sent_in_allowed_portions(results, store, make_transfer):
+    n = 2_350
+    history = pd.DataFrame({"step": np.arange(n), "time_ms": 1_700_000_000_000 + np.arange(n), "loss": 1.0, "lr": 0.1})
+    run_id = store.transfer(make_transfer("A", "B", "coda", 0), history, None)
+    assert len(store.client.get_metric_history(run_id, "lr")) == n
+
+
+def test_help_does_not_import_mlflow():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, jobs.sync_mlflow, coda_ray.tracking.runs, coda_ray.tracking.live, coda_ray.tracking.sync;"
+        "sys.exit('mlflow' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603
+
+
+def test_threads_end_with_the_tracker(results, store):
+    before = {thread for thread in threading.enumerate() if thread.name.startswith("outbox")}
+    tracker = Tracker.open(Tracking(), results)
+    tracker.start_job(read_record(results, "jobs/jobkey1.json"))
+    assert tracker.close(WAIT_S) == 0
+    assert {thread for thread in threading.enumerate() if thread.name.startswith("outbox")} <= before
+
+
+def test_what_the_user_set_is_kept(monkeypatch, tmp_path):
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    open_client(f"sqlite:///{tmp_path}/mlflow.db")
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == ENVIRONMENT["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]

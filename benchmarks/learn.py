@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,11 +31,34 @@ from coda_ray.learn.vit import VitSpec, build_vit
 
 SEED = 0
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
-ARCHITECTURES = {
-    "deit-s": (VitSpec("deit_small_patch16_224", None, 3), ViewRecipe(448, 224, 96, 6, 0.5, 0.5, 0.005), 540, 4096),
-    "small": (VitSpec("vit", 64, 3, patch=8, width=128, depth=4, heads=4), ViewRecipe(96, 64, 32, 6, 0.5, 0.5, 0.005), 96, 64),
-}
 Work = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Network, views, tile side (px) and head of one benchmark."""
+
+    spec: VitSpec
+    recipe: ViewRecipe
+    side: int
+    hidden: int
+    bottleneck: int
+    out_dim: int
+
+
+ARCHITECTURES = {
+    "deit-s": Sizes(
+        VitSpec("deit_small_patch16_224", None, 3), ViewRecipe(448, 224, 96, 6, 0.5, 0.5, 0.005), 540, 2048, 256, 4096
+    ),
+    "small": Sizes(
+        VitSpec("vit", 64, 3, patch=8, width=128, depth=4, heads=4),
+        ViewRecipe(96, 64, 32, 6, 0.5, 0.5, 0.005),
+        96,
+        512,
+        64,
+        64,
+    ),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,8 +80,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def compare_views(options: argparse.Namespace, device: torch.device, _: Precision) -> tuple[Work, Work, torch.dtype]:
     """Cut all views of one step."""
-    _, recipe, side, _ = ARCHITECTURES[options.arch]
-    tiles, samples = make_tiles(options.samples, side, device), np.arange(options.samples)
+    sizes = ARCHITECTURES[options.arch]
+    recipe = sizes.recipe
+    tiles, samples = make_tiles(options.samples, sizes.side, device), np.arange(options.samples)
 
     def plain() -> float:
         return sum(view_checksum(views) for views in plain_views(tiles, samples, recipe))
@@ -70,7 +95,7 @@ def compare_views(options: argparse.Namespace, device: torch.device, _: Precisio
 
 def compare_loss(options: argparse.Namespace, device: torch.device, _: Precision) -> tuple[Work, Work, torch.dtype]:
     """Compute the loss of 2 + 6 views and its gradient."""
-    out_dim = ARCHITECTURES[options.arch][3]
+    out_dim = ARCHITECTURES[options.arch].out_dim
     torch.manual_seed(SEED)
     student = torch.rand(8 * options.samples, out_dim, device=device).requires_grad_()
     teacher = torch.rand(2 * options.samples, out_dim, device=device)
@@ -92,18 +117,19 @@ def compare_loss(options: argparse.Namespace, device: torch.device, _: Precision
 
 def compare_step(options: argparse.Namespace, device: torch.device, precision: Precision) -> tuple[Work, Work, torch.dtype]:
     """Do whole steps: views, teacher, student, loss, backward, AdamW, EMA; the checksum is the loss before the update."""
-    spec, recipe, side, out_dim = ARCHITECTURES[options.arch]
-    minibatch = {"tile": make_tiles(options.samples, side, device), "sample": torch.arange(options.samples)}
+    sizes = ARCHITECTURES[options.arch]
+    minibatch = {"tile": make_tiles(options.samples, sizes.side, device), "sample": torch.arange(options.samples)}
     works = []
     for loss_of in (plain_step_loss, lambda objective, batch, step: objective.loss(objective.network, batch, step)[0]):
         torch.manual_seed(SEED)
         # Without stochastic depth: grouped and single forward passes draw its masks in another order.
+        backbone = build_vit(sizes.spec, drop_path=0.0)
         objective = DinoObjective(
-            build_vit(spec, drop_path=0.0),
-            DinoHead(384 if spec.width is None else spec.width, hidden=2048, bottleneck=256, out_dim=out_dim),
-            make_criterion(out_dim),
+            backbone,
+            DinoHead(backbone.embed_dim, hidden=sizes.hidden, bottleneck=sizes.bottleneck, out_dim=sizes.out_dim),
+            make_criterion(sizes.out_dim),
             schedule=DinoSchedule(1000, 0.996, 1.0, 0.04, 0.07, 300, 0),
-            recipe=recipe,
+            recipe=sizes.recipe,
             koleo_weight=0.0,
             seed=SEED,
         )
@@ -238,7 +264,7 @@ def report(name: str, plain: Work, fast: Work, dtype: torch.dtype, repeats: int,
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["views", "loss", "step", []], help="comparisons (default: all)")
+    parser.add_argument("what", nargs="*", metavar="views|loss|step", help="comparisons (default: all)")
     parser.add_argument("--arch", choices=list(ARCHITECTURES), default="small", help="sizes of network, tiles and views")
     parser.add_argument("--samples", type=int, default=16, help="samples per step (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="timed repeats, median shown (default: %(default)s)")
@@ -247,6 +273,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     options = parser.parse_args(argv)
     options.what = options.what or ["views", "loss", "step"]
+    unknown = set(options.what) - {"views", "loss", "step"}
+    if unknown:
+        parser.error(f"{', '.join(sorted(unknown))}: choose from views, loss, step")
     return options
 
 

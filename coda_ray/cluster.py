@@ -17,8 +17,6 @@ def start_ray() -> None:
     """
     if ray.is_initialized():
         return
-    # Every stage prints its own lines; alike ones are not repetitions.
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
@@ -26,6 +24,12 @@ def start_ray() -> None:
         ray.init(
             include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, logging_level=logging.WARNING
         )
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    quieten()
+
+
+def quieten() -> None:
+    """Keep Ray's own chatter out of this process's log; stages and jobs tell their progress themselves."""
+    DataContext.get_current().enable_progress_bars = False
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -26,16 +26,17 @@ from ray.exceptions import RayTaskError
 from coda_ray.config import Config, Ingest
 from coda_ray.jump.layout import METADATA, PlateName, find_image_list, map_address, parse_image_list
 from coda_ray.jump.plates import IlluminationFunctions, PlateFacts, measure_plate
-from coda_ray.jump.prepare import BadImage, correct, preparation_of, read_image, stretch, tile_shape
+from coda_ray.jump.prepare import BadImageError, correct, preparation_of, read_image, stretch, tile_shape
 from coda_ray.jump.tables import ANNOTATIONS, Tables, annotate, choose_plates, read_tables, well_notes
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import INDEX_SCHEMA, QUARANTINE_SCHEMA, TileStore
 
 # Sites after which the share of quarantined ones is judged during the run.
 MIN_SITES_TO_JUDGE = 20
-# What a render task hands back per site: an index row, or a quarantine row where `reason` is set.
+# What a render task hands back per site: an index row, or a quarantine row where `reason` is set. The facts of a plate
+# travel with the first row of its first shard.
 _SITE_SCHEMA = pa.schema(
-    [("plate_number", pa.int32()), ("bytes_read", pa.int64()), *INDEX_SCHEMA]
+    [("plate_number", pa.int32()), ("facts", pa.string()), ("bytes_read", pa.int64()), *INDEX_SCHEMA]
     + [field for field in QUARANTINE_SCHEMA if field.name not in INDEX_SCHEMA.names]
 )
 
@@ -167,7 +168,7 @@ def run_ingest(config: Config, report: Callable[[Progress], None]) -> IngestSumm
     tables = read_tables(open_place(config.metadata))
     notes = list(tables.notes)
     own = config.ingest.image_list is not None
-    lists = _own_list(bucket, config.ingest) if own else {name: None for name in _chosen(tables, config.ingest)}
+    lists = _own_list(bucket, config.ingest) if own else dict.fromkeys(_chosen(tables, config.ingest))
     before = {name: facts for name in lists if (facts := _finished(store, name)) is not None}
     todo = [name for name in lists if name not in before]
     _check_pixel_sizes(todo, tables, config.ingest)
@@ -275,25 +276,20 @@ def _complete(plate: _Plate, tables: Tables, bucket: Folder, ingest: Ingest) -> 
     plate.missing = len(plate.sites)
 
 
-def _pipeline(
-    plates: Sequence[_Plate], bucket: Folder, store: TileStore, ingest: Ingest, tables: Tables
-) -> Iterator[pa.Table]:
+def _pipeline(plates: Sequence[_Plate], bucket: Folder, store: TileStore, ingest: Ingest, tables: Tables) -> Iterator[pa.Table]:
     """Run the Ray Data pipeline and give the rows of each shard as it is written."""
     work = _Work([ray.put(plate.sites) for plate in plates], bucket, store, ingest, dict(tables.pixel_sizes))
     names = [plate.name for plate in plates]
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    with ray.data.DataContext.current(context):
-        rows = ray.data.from_items([{"plate_number": i} for i in range(len(plates))], override_num_blocks=len(plates))
-        shards = rows.flat_map(partial(_measure, work, names), num_cpus=ingest.cpus_per_task)
-        shards = shards.repartition(target_num_rows_per_block=1)
-        sites = shards.map_batches(
-            partial(_render, work, names), batch_size=None, batch_format="pyarrow", num_cpus=ingest.cpus_per_task
-        )
-        try:
-            yield from sites.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-        except RayTaskError as error:
-            raise IngestError(f"ingest stopped: {_cause(error)}; run it again to resume") from error
+    rows = ray.data.from_items([{"plate_number": i} for i in range(len(plates))], override_num_blocks=len(plates))
+    shards = rows.flat_map(partial(_measure, work, names), num_cpus=ingest.cpus_per_task)
+    shards = shards.repartition(target_num_rows_per_block=1)
+    sites = shards.map_batches(
+        partial(_render, work, names), batch_size=None, batch_format="pyarrow", num_cpus=ingest.cpus_per_task
+    )
+    try:
+        yield from sites.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    except RayTaskError as error:
+        raise IngestError(f"{_cause(error)}; mend it and run the ingest again: finished plates are kept") from error
 
 
 def _cause(error: BaseException) -> str:
@@ -329,7 +325,9 @@ def _render(work: _Work, names: Sequence[PlateName], jobs: pa.Table) -> pa.Table
         start = shard * work.ingest.tiles_per_shard
         sites = ray.get(work.plates[number]).iloc[start : start + work.ingest.tiles_per_shard]
         rendered = _render_shard(sites.reset_index(drop=True), names[number], shard, PlateFacts.from_json(job["facts"]), work)
-        rendered["plate_number"] = number
+        rendered["plate_number"], rendered["facts"] = number, None
+        if shard == 0:
+            rendered.loc[0, "facts"] = job["facts"]
         rendered = rendered.reindex(columns=_SITE_SCHEMA.names)
         tables.append(pa.Table.from_pandas(rendered, schema=_SITE_SCHEMA, preserve_index=False))
     return pa.concat_tables(tables)
@@ -388,7 +386,7 @@ class _SiteRenderer:
                 channels.append(self._prepare(data, channel, site))
             except FileNotFoundError:
                 return _Rendered(None, size, "file is missing", channel, address)
-            except BadImage as error:
+            except BadImageError as error:
                 return _Rendered(None, size, str(error), channel, address)
         return _Rendered(np.stack(channels), size)
 
@@ -397,7 +395,7 @@ class _SiteRenderer:
         image = read_image(data)
         if self.shape is None or image.shape != self.facts.shape:
             plate = "x".join(map(str, self.facts.shape or ()))
-            raise BadImage(f"image is {image.shape[0]}x{image.shape[1]} px, those of its plate {plate or 'unknown'}")
+            raise BadImageError(f"image is {image.shape[0]}x{image.shape[1]} px, those of its plate {plate or 'unknown'}")
         listed = site.get(f"Illum_{channel}")
         used = self.facts.illumination[channel][listed if isinstance(listed, str) else ""]
         corrected = correct(image, self.functions.get(channel, used), self.shape)
@@ -477,7 +475,10 @@ class _Run:
         plate.arrived.clear()
         good = rows["reason"].isna()
         index = rows[good].sort_values(["shard", "row"])
-        self.store.finish_plate(self.store.plate_path(*plate.name), index, rows[~good], {"notes": plate.notes})
+        facts = PlateFacts.from_json(rows["facts"].dropna().item())
+        plate.notes += facts.notes
+        note = {**asdict(facts), "notes": plate.notes}
+        self.store.finish_plate(self.store.plate_path(*plate.name), index, rows[~good], note)
         self.progress.plates_done += 1
 
 

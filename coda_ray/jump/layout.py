@@ -93,13 +93,13 @@ def parse_image_list(data: bytes, address: str, channels: Sequence[str], extra: 
     lacking = {"Metadata_Well", "Metadata_Site"} - set(table)
     if lacking:
         raise ValueError(f"{address}: has no column {sorted(lacking)[0]}; an image list names well and site of each row")
-    parts = [table[[name for name in wanted if name in table and not name.startswith(("URL", "PathName", "FileName"))]]]
+    columns = {name: table[name] for name in (*METADATA, *extra) if name in table}
     for kind in KINDS:
         for channel in channels:
             found = _addresses(table, f"{kind}{channel}")
             if found is not None:
-                parts.append(found.rename(f"{kind}_{channel}"))
-    return pd.concat(parts, axis=1)
+                columns[f"{kind}_{channel}"] = found
+    return pd.DataFrame(columns)
 
 
 def map_address(address: str, listed_as: str, bucket: Folder) -> str:
@@ -132,7 +132,7 @@ def _read_strings(data: bytes, wanted: Sequence[str]) -> pd.DataFrame:
     if data[:4] == b"PAR1":
         table = pq.read_table(io.BytesIO(data))
         names = [name for name in wanted if name in table.column_names]
-        return pa.table({name: table[name].cast(pa.string()) for name in names}).to_pandas().replace("", None)
+        return _frame(pa.table({name: table[name].cast(pa.string()) for name in names})).replace("", None)
     if data[:2] == b"\x1f\x8b":
         data = gzip.decompress(data)
     end = data.find(b"\n")
@@ -148,7 +148,13 @@ def _read_strings(data: bytes, wanted: Sequence[str]) -> pd.DataFrame:
             strings_can_be_null=True,
         ),
     )
-    return table.to_pandas()
+    return _frame(table)
+
+
+def _frame(table: pa.Table) -> pd.DataFrame:
+    """Convert to pandas."""
+    frame: pd.DataFrame = table.to_pandas()
+    return frame
 
 
 def _addresses(table: pd.DataFrame, name: str) -> "pd.Series[str] | None":

@@ -8,7 +8,7 @@ import io
 
 import pandas as pd
 
-# BRD-K########: the part of a Broad id that names the compound; what follows names salt, vendor and lot.
+# Leading part of a Broad id, such as BRD-K12345678, that names the compound; the rest names salt, vendor and lot.
 CORE_ID_LENGTH = 13
 MIN_SAMPLES_PER_LABEL = 2
 

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from coda_ray.config import Ingest
 from coda_ray.jump.layout import PlateName
 from coda_ray.jump.prepare import (
-    BadImage,
+    BadImageError,
     Floats,
     correct,
     estimate_illumination,
@@ -89,7 +90,7 @@ class IlluminationFunctions:
 
     def __init__(self, bucket: Folder, store: TileStore, plate: PlateName) -> None:
         self._bucket, self._store, self._plate = bucket, store, plate
-        self._read: dict[tuple[str, str], Floats | BadImage] = {}
+        self._read: dict[tuple[str, str], Floats | BadImageError] = {}
 
     def get(self, channel: str, address: str) -> Floats:
         """Give a supplied function by its address, or the plate's estimate by `ESTIMATE`.
@@ -101,7 +102,7 @@ class IlluminationFunctions:
 
         Raises
         ------
-        BadImage
+        BadImageError
             When the file is missing or holds no usable function.
         """
         key = (channel, address)
@@ -109,12 +110,12 @@ class IlluminationFunctions:
             try:
                 self._read[key] = read_illumination(self._bytes(channel, address))
             except FileNotFoundError:
-                self._read[key] = BadImage("illumination file is missing")
-            except BadImage as error:
+                self._read[key] = BadImageError("illumination file is missing")
+            except BadImageError as error:
                 self._read[key] = error
         found = self._read[key]
-        if isinstance(found, BadImage):
-            raise BadImage(str(found))
+        if isinstance(found, BadImageError):
+            raise BadImageError(str(found))
         return found
 
     def write_estimate(self, channel: str, function: Floats) -> None:
@@ -189,7 +190,7 @@ def _sample_images(
     order = np.random.default_rng([_SAMPLE_SEED, zlib.crc32("/".join(plate).encode())]).permutation(len(sites))
     for start in range(0, len(order), wanted):
         rows = sites.index[np.sort(order[start : start + wanted])]
-        read = pool.map(lambda row: _read_or_none(bucket, sites.at[row, f"Orig_{channel}"]), rows)
+        read = pool.map(partial(_read_or_none, bucket), sites.loc[rows, f"Orig_{channel}"])
         images = {row: image for row, image in zip(rows, read, strict=True) if image is not None}
         if images:
             return images
@@ -200,12 +201,12 @@ def _read_or_none(bucket: Folder, address: str) -> Image | None:
     """Read an image; None where it is missing or bad."""
     try:
         return read_image(bucket.read_address(address))
-    except (BadImage, FileNotFoundError):
+    except (BadImageError, FileNotFoundError):
         return None
 
 
 def _listed(sites: pd.DataFrame, channel: str) -> "pd.Series[str]":
-    """Listed illumination address of each row, "" where there is none."""
+    """Give the listed illumination address of each row, "" where there is none."""
     column = f"Illum_{channel}"
     return sites[column].fillna("") if column in sites else pd.Series("", index=sites.index)
 
@@ -220,7 +221,7 @@ def _choose_illumination(
         try:
             functions.get(channel, address)
             usable.append(address)
-        except BadImage as error:
+        except BadImageError as error:
             notes.append(f"{channel}: {error}: {address}")
     if "" in addresses:
         notes.append(f"{channel}: no illumination file is listed")
@@ -235,5 +236,5 @@ def _corrected(
     for row, image in images.items():
         try:
             yield correct(image, functions.get(channel, uses[row]), tile_shape(image.shape, factor))
-        except BadImage:
+        except BadImageError:
             continue

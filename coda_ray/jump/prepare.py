@@ -40,7 +40,7 @@ Floats = NDArray[np.float32]
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
-class BadImage(ValueError):
+class BadImageError(ValueError):
     """An image that cannot become a tile; its text is the reason that the quarantine table gives."""
 
 
@@ -76,38 +76,38 @@ def read_image(data: bytes) -> NDArray[np.uint16]:
 
     Raises
     ------
-    BadImage
+    BadImageError
         When the file is zero-filled, truncated or no TIFF, holds anything but one 2-D uint16 page, or one value only.
     """
     if data[:2] not in (b"II", b"MM"):
-        raise BadImage("file is empty or zero-filled" if not any(data) else "file is not a TIFF")
+        raise BadImageError("file is empty or zero-filled" if not any(data) else "file is not a TIFF")
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as tiff:
             page = _only_page(tiff, len(data))
             image = page.asarray()
-    except BadImage:
+    except BadImageError:
         raise
     except Exception as error:  # decoders raise anything on damaged bytes
-        raise BadImage("TIFF is truncated or damaged") from error
+        raise BadImageError("TIFF is truncated or damaged") from error
     low, high = int(image.min()), int(image.max())
     if low == high:
-        raise BadImage("all pixels are zero" if high == 0 else "all pixels have one value")
+        raise BadImageError("all pixels are zero" if high == 0 else "all pixels have one value")
     return np.ascontiguousarray(image, dtype=np.uint16)
 
 
 def _only_page(tiff: tifffile.TiffFile, size: int) -> tifffile.TiffPage:
-    """The one page of a TIFF; its kind is checked before a pixel is decoded."""
+    """Give the one page of a TIFF, its kind checked before a pixel is decoded."""
     if len(tiff.pages) != 1:
-        raise BadImage(f"TIFF has {len(tiff.pages)} pages, not 1")
+        raise BadImageError(f"TIFF has {len(tiff.pages)} pages, not 1")
     page = tiff.pages.first
     if page.dtype is None or page.dtype.newbyteorder("=") != np.uint16:
-        raise BadImage(f"pixels are {page.dtype}, not uint16")
+        raise BadImageError(f"pixels are {page.dtype}, not uint16")
     if len(page.shape) != 2:
-        raise BadImage(f"image has shape {'x'.join(map(str, page.shape))}, not two dimensions")
+        raise BadImageError(f"image has shape {'x'.join(map(str, page.shape))}, not two dimensions")
     strips = list(zip(page.dataoffsets, page.databytecounts, strict=True))
     # tifffile fills a strip without bytes with zeros.
     if not strips or any(not count or offset + count > size for offset, count in strips):
-        raise BadImage("TIFF is truncated or damaged")
+        raise BadImageError("TIFF is truncated or damaged")
     return page
 
 
@@ -128,17 +128,17 @@ def read_illumination(data: bytes) -> Floats:
 
     Raises
     ------
-    BadImage
+    BadImageError
         When it is no array of two dimensions with positive, finite values.
     """
     try:
         function = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise BadImage("illumination file is not a .npy array") from error
+        raise BadImageError("illumination file is not a .npy array") from error
     if not isinstance(function, np.ndarray) or function.ndim != 2 or function.dtype.kind not in "fiu":
-        raise BadImage("illumination function is not a 2-D array of numbers")
+        raise BadImageError("illumination function is not a 2-D array of numbers")
     if not np.isfinite(function).all() or function.min() <= 0:
-        raise BadImage("illumination function has values that are not positive")
+        raise BadImageError("illumination function has values that are not positive")
     return np.asarray(function / function.mean(dtype=np.float64), dtype=np.float32)
 
 
@@ -216,16 +216,16 @@ def correct(image: NDArray[np.uint16], illumination: Floats, shape: tuple[int, i
 
     Raises
     ------
-    BadImage
+    BadImageError
         When image and illumination function differ in aspect ratio.
     """
     if illumination.shape != image.shape:
         height, width = image.shape
         aspect = illumination.shape[0] * width / (illumination.shape[1] * height)
         if abs(aspect - 1) > _ASPECT_TOLERANCE:
-            raise BadImage(f"illumination function is {_size(illumination.shape)} px, the image {_size(image.shape)}")
+            raise BadImageError(f"illumination function is {_size(illumination.shape)} px, the image {_size(image.shape)}")
         illumination = resize(illumination, (height, width))
-    return resize(image / illumination, shape)
+    return resize(np.divide(image, illumination, dtype=np.float32), shape)
 
 
 def stretch(image: Floats, clip_percentiles: tuple[float, float], cap: float) -> NDArray[np.uint8]:
@@ -247,13 +247,13 @@ def stretch(image: Floats, clip_percentiles: tuple[float, float], cap: float) ->
 
     Raises
     ------
-    BadImage
+    BadImageError
         When nothing lies between the bounds.
     """
     low, high = np.percentile(image, clip_percentiles)
     high = min(high, cap)
     if not low < high:
-        raise BadImage("no contrast between the clipping percentiles")
+        raise BadImageError("no contrast between the clipping percentiles")
     scaled = (image - np.float32(low)) * np.float32(255 / (high - low))
     return np.asarray(np.rint(np.clip(scaled, 0, 255)), dtype=np.uint8)
 

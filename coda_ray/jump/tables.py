@@ -161,8 +161,7 @@ def annotate(sites: pd.DataFrame, tables: Tables) -> pd.DataFrame:
     well = sites["Metadata_Well"]
     keys = layout["InChIKey"]
     if recorded.empty and len(keys):
-        known = {key: jcp for jcp, key in tables.inchikeys.items()}
-        recorded = keys.map(known)
+        recorded = keys.map({key: jcp for jcp, key in tables.inchikeys.items()})
         recorded = recorded.where(keys.notna(), tables.dmso)
     compound = _first(sites, COMPOUND, well.map(recorded))
     control = _first(sites, CONTROL, compound.map(tables.controls))
@@ -215,7 +214,7 @@ def well_notes(sites: pd.DataFrame, annotated: pd.DataFrame, tables: Tables) -> 
 
 
 def _layout_of_plate(plate: Sequence[str], tables: Tables) -> pd.DataFrame:
-    """The labelled layout by well where the plate has it, else no rows."""
+    """Index the labelled layout by well where the plate has it, else give no rows."""
     here = (tables.plates[list(METADATA[:3])] == list(plate)).all(axis=1)
     has_layout = (tables.plates.loc[here, "Metadata_PlateType"] == LABELLED_PLATE_TYPE).any()
     layout = tables.layout if has_layout else tables.layout.iloc[:0]
@@ -223,12 +222,12 @@ def _layout_of_plate(plate: Sequence[str], tables: Tables) -> pd.DataFrame:
 
 
 def _first(sites: pd.DataFrame, column: str, otherwise: "pd.Series[str]") -> "pd.Series[str]":
-    """A column of the list itself, filled up by what the tables say."""
+    """Take a column of the list itself, filled up by what the tables say."""
     return sites[column].fillna(otherwise) if column in sites else otherwise
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first few names."""
+    """Join the first few names."""
     return ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
 
 
@@ -284,5 +283,5 @@ def _read_layout(folder: Folder, notes: list[str]) -> pd.DataFrame:
 
 
 def _tab_separated(data: bytes) -> pd.DataFrame:
-    """A table of JUMP-Target: UTF-8, "NA" and nothing both mean missing."""
+    """Read a table of JUMP-Target: UTF-8, "NA" and nothing both mean missing."""
     return pd.read_csv(io.BytesIO(data), sep="\t", dtype="str", keep_default_na=False, na_values=["", "NA"])

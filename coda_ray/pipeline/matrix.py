@@ -5,14 +5,16 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pandas as pd
 import ray
 
-from coda_ray.config import Config
+from coda_ray.cluster import quieten
+from coda_ray.config import Config, Matrix
 from coda_ray.pipeline.stage import Stage
-from coda_ray.pipeline.transfer import Request, Transfer, plan, score, stages_of
+from coda_ray.pipeline.transfer import UNADAPTED, Request, Transfer, plan, score, stages_of
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key
 from coda_ray.tracking.figures import figure_png, matrix_figures
@@ -49,6 +51,14 @@ class Outcome:
     matrix: pd.DataFrame
     heatmaps: list[str]
     ui_hint: str | None = None
+
+
+def requests_of(matrix: Matrix) -> list[Request]:
+    """List every cell of a matrix: each source to each other target, and each source on its own held-out plate."""
+    across = product(matrix.seeds, matrix.methods, matrix.granularities, matrix.sources, matrix.targets)
+    within = product(matrix.seeds, matrix.methods, matrix.sources)
+    cells = [Request(s, t, method, granularity, seed) for seed, method, granularity, s, t in across if s != t]
+    return cells + [Request(s, s, UNADAPTED.get(method, method), "plate", seed) for seed, method, s in within]
 
 
 def run_transfers(
@@ -175,7 +185,7 @@ class _Runner:
         inside = workers_of(train)[1] == 0
         wanted = resources(train) if inside else {}
         reference = _run_stage.options(
-            name=stage.title,
+            name=stage.kind,
             num_cpus=wanted.get("CPU", 0),
             num_gpus=wanted.get("GPU", 0),
             max_retries=train.max_failures,
@@ -234,8 +244,7 @@ def _run_stage(stage: Stage, config: Config, report: Report | None, *needs: dict
 
     max_calls=0 keeps the process, and what it has imported, for the next stage on GPUs too.
     """
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    quieten()
     try:
         return stage.run(config, report)
     finally:

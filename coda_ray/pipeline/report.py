@@ -16,7 +16,11 @@ from coda_ray.pipeline.matrix import Outcome, StagesFailedError, run_transfers
 from coda_ray.pipeline.transfer import Request
 from coda_ray.storage import open_place
 from coda_ray.tracking.records import SCORES
-from coda_ray.tracking.table import TITLES, render_matrix, select
+from coda_ray.tracking.table import render_matrix, select
+
+# Columns where the output is no terminal.
+WIDTH = 150
+SHORT = {"accuracy": "acc", "macro_f1": "F1", "well_accuracy": "well acc", "well_macro_f1": "well F1"}
 
 
 def run_job(config: Config, requests: Sequence[Request], *, kind: str, name: str) -> int:
@@ -36,7 +40,7 @@ def run_job(config: Config, requests: Sequence[Request], *, kind: str, name: str
     int
         0; 1 when stages failed; 2 when the tiles cannot be used as configured.
     """
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     start_ray()
     try:
         outcome = run_transfers(
@@ -73,10 +77,10 @@ def _show(console: Console, config: Config, outcome: Outcome) -> None:
 
 def transfers_table(transfers: pd.DataFrame) -> Table:
     """Lay out transfers row by row, scores in percent."""
-    table = Table(title="transfers")
+    table = Table(title="transfers: accuracy and macro-F1 in percent, per image and per well")
     names = ["source", "target", "method", "granularity", "unit", "scope", "seed", "n_images", "n_wells"]
     for column in [*names, *SCORES, "steps"]:
-        table.add_column(f"{TITLES[column]} (%)" if column in TITLES else column, overflow="fold")
+        table.add_column(SHORT.get(column, column), overflow="fold")
     for row in transfers.to_dict("records"):
         scores = [f"{100 * row[column]:.1f}" for column in SCORES]
         table.add_row(*[str(row[column]) for column in names], *scores, str(row["steps"]))

@@ -176,7 +176,8 @@ def render_matrix(tidy: pd.DataFrame) -> Table:
         Percent; the last row is the mean over the pairs of different sources that every method was scored on.
     """
     header, rows, means = _grid(tidy)
-    table = Table(title=title_of(tidy))
+    title = title_of(tidy)
+    table = Table(title=title, min_width=len(title))
     for name in header:
         table.add_column(name, justify="left" if name == header[0] else "right", no_wrap=True)
     for row in rows:

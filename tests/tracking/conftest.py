@@ -1,4 +1,4 @@
-"""An invented results folder: one matrix job over two sources, with curves."""
+"""An invented results folder: one matrix job from one source to three, with curves."""
 
 import io
 import itertools
@@ -66,11 +66,11 @@ def make_transfer():
 
 @pytest.fixture
 def results(tmp_path):
-    """Two sources, three methods, two seeds; a job that names them all."""
+    """One source, three targets, two methods, two seeds: 10 transfers, and a job that names them all."""
     results = open_place(Place(address=str(tmp_path / "results")))
     records = [
         transfer_record(source, target, method, seed)
-        for source, target, method, seed in itertools.product("AB", "AB", ("supervised", "dual-cb", "coda"), (0, 1))
+        for source, target, method, seed in itertools.product("A", "ABC", ("supervised", "coda"), (0, 1))
         if not (source == target and method == "coda")
     ]
     for number, record in enumerate(records):
@@ -82,7 +82,7 @@ def results(tmp_path):
     job = {
         "key": "jobkey1",
         "kind": "matrix",
-        "name": "matrix A, B",
+        "name": "matrix A → B, C",
         "command": "python jobs/matrix.py --config configs/demo.yaml",
         "config": {"adapt": {"lr": 0.0003}, "results": {"address": "s3://bucket/results"}},
         "transfers": [record["key"] for record in records],

@@ -5,8 +5,10 @@ import os
 import pickle
 import shutil
 import socket
+import subprocess
+import sys
 import threading
-import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -46,7 +48,7 @@ def n_points(store):
     }
 
 
-def do_job(tracker, results, live=False):
+def do_job(tracker, results):
     """Send what a job of the pipeline sends."""
     job = read_record(results, "jobs/jobkey1.json")
     tracker.start_job(job)
@@ -93,18 +95,19 @@ def dead_server():
     return f"http://127.0.0.1:{port}"
 
 
-def test_a_job_is_a_run_with_a_run_for_every_transfer_and_stage(results):
-    store = RunStore.open(Tracking(), results)  # makes its own tables
+def test_a_job_is_a_run_with_a_run_for_every_transfer_and_stage(results, store):
     tracker = Tracker.open(Tracking(), results)
     do_job(tracker, results)
     assert tracker.close(WAIT_S) == 0
     found = runs_by_kind(store)
     (job,), (stage,) = found["job"], found["stage"]
-    assert job.data.tags["key"] == "jobkey1" and job.info.status == "FINISHED"
+    assert job.data.tags["key"] == "jobkey1"
+    assert job.info.status == "FINISHED"
     note = job.data.tags["mlflow.note.content"]
-    assert "jobs/matrix.py --config configs/demo.yaml" in note and "lr: 0.0003" in note
-    assert "| A → B | 20.5 ± 0.7 | 25.5 ± 0.7 | 50.5 ± 0.7 |" in note
-    assert len(found["transfer"]) == 20
+    assert "jobs/matrix.py --config configs/demo.yaml" in note
+    assert "lr: 0.0003" in note
+    assert "| A → B | 20.5 ± 0.7 | 50.5 ± 0.7 |" in note
+    assert len(found["transfer"]) == 10
     records = {record["key"]: record for record in read_records(results, "transfers")}
     for run in found["transfer"]:
         record = records.pop(run.data.params["key"])
@@ -112,11 +115,13 @@ def test_a_job_is_a_run_with_a_run_for_every_transfer_and_stage(results):
         assert run.data.params == identity
         assert identity.items() <= run.data.tags.items()
         assert {name: run.data.metrics[name] for name in MEASURES} == {name: record[name] for name in MEASURES}
-        assert run.data.tags["mlflow.parentRunId"] == job.info.run_id and run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == job.info.run_id
+        assert run.info.status == "FINISHED"
         check_curve(store, run, read_history(results, record["history"]))
     assert not records
     check_curve(store, stage, read_history(results, "pretrain/aaaa"))
-    assert stage.data.tags["mlflow.parentRunId"] == job.info.run_id and stage.info.run_name == "dino-cb A"
+    assert stage.data.tags["mlflow.parentRunId"] == job.info.run_id
+    assert stage.info.run_name == "dino-cb A"
     files = {file.path for file in store.client.list_artifacts(job.info.run_id)}
     assert files == {"config.yaml", "matrix.json", "matrix.md", "matrix-accuracy-source.png", "matrix-macro_f1-source.png"}
     assert os.listdir(results.path("mlflow_artifacts"))
@@ -133,19 +138,19 @@ def check_curve(store, run, history):
         assert [(p.step, p.timestamp, p.value) for p in points] == [
             *zip(measured["step"], measured["time_ms"], measured[name], strict=True)
         ]
-    assert run.info.start_time == history["time_ms"].min() and run.info.end_time == history["time_ms"].max()
+    assert run.info.start_time == history["time_ms"].min()
+    assert run.info.end_time == history["time_ms"].max()
 
 
 def test_the_same_job_again_changes_no_run_and_no_point(results, store):
+    seen = []
     for _ in range(2):
         tracker = Tracker.open(Tracking(), results)
         do_job(tracker, results)
         assert tracker.close(WAIT_S) == 0
-        found, points = runs_by_kind(store), n_points(store)
-        identity = {(r.info.run_id, r.info.status, r.data.tags["key"]) for runs in found.values() for r in runs}
-        if _ == 0:
-            first = (identity, points)
-    assert (identity, points) == first
+        runs = [run for found in runs_by_kind(store).values() for run in found]
+        seen.append(({(run.info.run_id, run.info.status, run.data.tags["key"]) for run in runs}, n_points(store)))
+    assert seen[0] == seen[1]
 
 
 def test_points_that_were_sent_live_are_not_doubled(results, store, make_transfer):
@@ -159,11 +164,13 @@ def test_points_that_were_sent_live_are_not_doubled(results, store, make_transfe
         live(point.pop("step"), point.pop("time_ms"), point)
     live.close(WAIT_S)
     (run,) = runs_by_kind(store)["transfer"]
-    assert run.info.status == "RUNNING" and len(store.client.get_metric_history(run.info.run_id, "loss")) == 25
+    assert run.info.status == "RUNNING"
+    assert len(store.client.get_metric_history(run.info.run_id, "loss")) == 25
     tracker.transfer(record, history)
     assert tracker.close(WAIT_S) == 0
     (after,) = runs_by_kind(store)["transfer"]
-    assert after.info.run_id == run.info.run_id and after.info.status == "FINISHED"
+    assert after.info.run_id == run.info.run_id
+    assert after.info.status == "FINISHED"
     assert len(store.client.get_metric_history(run.info.run_id, "loss")) == len(history)
     assert runs_by_kind(store)["job"][0].info.status == "FAILED"  # the job was never finished
 
@@ -195,17 +202,17 @@ def test_a_run_that_a_lost_answer_doubled_is_taken_away(results, store, make_tra
 
 def test_sync_twice_gives_the_same_runs_and_points(results, store, capsys, tmp_path):
     counts = sync(results, store)
-    assert (counts.jobs, counts.transfers, counts.stages) == (1, 20, 1)
+    assert (counts.jobs, counts.transfers, counts.stages) == (1, 10, 1)
     runs, points = runs_by_kind(store), n_points(store)
-    assert {kind: len(found) for kind, found in runs.items()} == {"job": 1, "transfer": 20, "stage": 1}
+    assert {kind: len(found) for kind, found in runs.items()} == {"job": 1, "transfer": 10, "stage": 1}
     assert all(run.info.status == "FINISHED" for found in runs.values() for run in found)
     steps = []
     assert sync(results, store, lambda done, total: steps.append((done, total))) == counts
-    assert steps == [(n, 22) for n in range(1, 23)]
+    assert steps == [(n, 12) for n in range(1, 13)]
     assert n_points(store) == points
     assert {run.info.run_id for run in runs_by_kind(store)["job"]} == {run.info.run_id for run in runs["job"]}
     assert sync_mlflow.main([f"--results.address={results.root}"]) == 0
-    assert "1 jobs, 20 transfers, 1 stages" in capsys.readouterr().out
+    assert "1 jobs, 10 transfers, 1 stages" in capsys.readouterr().out
     assert n_points(store) == points
 
 
@@ -223,29 +230,28 @@ def test_a_dead_server_costs_nothing_and_sync_completes_later(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", dead_server)
     tracker = Tracker.open(Tracking(), results)
     do_job(tracker, results)
-    assert tracker.close(WAIT_S) == 23  # job, stage, 20 transfers, end of the job
+    assert tracker.close(WAIT_S) == 13  # job, stage, 10 transfers, end of the job
     warnings = [r.getMessage() for r in caplog.records if r.name.startswith("coda_ray")]
     assert len(warnings) == 3  # the first failure, that it gives up, what is missing
-    assert "23 records were not sent" in warnings[-1] and "jobs/sync_mlflow.py" in warnings[-1]
-    assert tracker.live({} | read_records(results, "transfers")[0]) is None
+    assert "13 records were not sent" in warnings[-1]
+    assert "jobs/sync_mlflow.py" in warnings[-1]
+    assert tracker.live(read_records(results, "transfers")[0]) is None
     assert sync_mlflow.main([f"--results.address={results.root}"]) == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert dead_server in message and "start the server" in message
+    assert dead_server in message
+    assert "start the server" in message
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     sync(results, store)
-    assert {kind: len(found) for kind, found in runs_by_kind(store).items()} == {"job": 1, "transfer": 20, "stage": 1}
+    assert {kind: len(found) for kind, found in runs_by_kind(store).items()} == {"job": 1, "transfer": 10, "stage": 1}
 
 
 def test_a_server_that_never_answers_makes_nobody_wait(results, silent_server, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", silent_server)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    open_client(silent_server)  # import MLflow: the thread below is to wait for the server
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3600")  # whoever waited would not come back
+    open_client(silent_server)  # MLflow is imported: the thread below gets as far as the server
     tracker = Tracker.open(Tracking(), results)
-    started = time.monotonic()
     do_job(tracker, results)
-    sent_s = time.monotonic() - started
-    assert tracker.close(0.2) == 23
-    assert sent_s < 15 and time.monotonic() - started < 20  # the server would have held one call for 30 s
+    assert tracker.close(0.2) == 13
 
 
 def test_live_curves_give_up_on_a_silent_server(results, silent_server, short_timeouts, monkeypatch, make_transfer):
@@ -269,8 +275,10 @@ def test_nothing_is_sent_without_an_address(results, caplog, monkeypatch, make_t
             tracker.start_job({"name": "n", "key": "k"})
             tracker.transfer(make_transfer("A", "B", "coda", 0))
             assert tracker.live(make_transfer("A", "B", "coda", 0)) is None
-            assert tracker.close() == 0 and tracker.ui_hint is None
-    assert "MLFLOW_TRACKING_URI is not set" in caplog.text and "tracking.enabled = false" in caplog.text
+            assert tracker.close() == 0
+            assert tracker.ui_hint is None
+    assert "MLFLOW_TRACKING_URI is not set" in caplog.text
+    assert "tracking.enabled = false" in caplog.text
     assert not results.exists("mlflow.db")
 
 
@@ -310,22 +318,20 @@ def test_a_long_history_is_sent_in_allowed_portions(results, store, make_transfe
 
 
 def test_help_does_not_import_mlflow():
-    import subprocess
-    import sys
-
     code = (
         "import sys, jobs.sync_mlflow, coda_ray.tracking.runs, coda_ray.tracking.live, coda_ray.tracking.sync;"
         "sys.exit('mlflow' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0
 
 
-def test_threads_end_with_the_tracker(results, store):
+def test_a_new_database_is_made_and_threads_end_with_the_tracker(results):
     before = {thread for thread in threading.enumerate() if thread.name.startswith("outbox")}
     tracker = Tracker.open(Tracking(), results)
     tracker.start_job(read_record(results, "jobs/jobkey1.json"))
     assert tracker.close(WAIT_S) == 0
     assert {thread for thread in threading.enumerate() if thread.name.startswith("outbox")} <= before
+    assert [run.info.status for run in runs_by_kind(RunStore.open(Tracking(), results))["job"]] == ["FAILED"]
 
 
 def test_what_the_user_set_is_kept(monkeypatch, tmp_path):

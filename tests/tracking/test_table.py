@@ -41,7 +41,7 @@ def per_unit(make_transfer, method, seed, granularity, units):
 def test_compile_reads_every_record_and_writes_the_table(results):
     table = compile_transfers(results)
     assert tuple(table.columns) == TRANSFER_COLUMNS
-    assert len(table) == len([n for n in results.names("transfers") if n.endswith(".json")]) == 20
+    assert len(table) == len([n for n in results.names("transfers") if n.endswith(".json")]) == 10
     identity = table[["source", "target", "method", "granularity", "unit", "scope", "seed"]]
     assert [tuple(r) for r in identity.itertuples(index=False)] == sorted(tuple(r) for r in identity.itertuples(index=False))
     on_disk = pd.read_parquet(io.BytesIO(results.read("transfers.parquet")))
@@ -65,21 +65,26 @@ def test_a_damaged_record_is_named(results, data, message):
     results.write("transfers/bad.json", data)
     with pytest.raises(ValueError, match=message) as error:
         compile_transfers(results)
-    assert "bad.json" in str(error.value) and "run its job again" in str(error.value)
+    assert "bad.json" in str(error.value)
+    assert "run its job again" in str(error.value)
 
 
 def test_matrix_by_source_against_numbers_worked_out_by_hand(results):
     table = matrix_table(compile_transfers(results), "accuracy", "source")
-    assert list(table["metric"].unique()) == ["accuracy"] and list(table["granularity"].unique()) == ["source"]
+    assert list(table["metric"].unique()) == ["accuracy"]
+    assert list(table["granularity"].unique()) == ["source"]
     coda = row(table, "A", "B", "coda")
     assert coda["mean"] == pytest.approx(0.505)
     assert coda["std"] == pytest.approx(0.01 / np.sqrt(2))  # sample std of 0.50 and 0.51
     assert coda["n_seeds"] == 2
     assert row(table, "A", "A", "supervised")["mean"] == pytest.approx(0.205)
     assert [*zip(table["source"], table["target"], table["method"], strict=True)] == [
-        ("A", "A", "supervised"), ("A", "A", "dual-cb"), ("A", "B", "supervised"), ("A", "B", "dual-cb"), ("A", "B", "coda"),
-        ("B", "A", "supervised"), ("B", "A", "dual-cb"), ("B", "A", "coda"), ("B", "B", "supervised"), ("B", "B", "dual-cb"),
-    ]  # fmt: skip
+        ("A", "A", "supervised"),
+        ("A", "B", "supervised"),
+        ("A", "B", "coda"),
+        ("A", "C", "supervised"),
+        ("A", "C", "coda"),
+    ]
 
 
 def test_units_are_weighted_by_images_and_wells_and_taken_after_adaptation(make_transfer):
@@ -88,7 +93,7 @@ def test_units_are_weighted_by_images_and_wells_and_taken_after_adaptation(make_
     rows += per_unit(make_transfer, "coda", 1, "batch", {"b1": (100, 30, 0.8, 0.9), "b2": (300, 10, 0.4, 0.9)})
     rows += [make_transfer("A", "B", "coda", 0)]  # granularity source: no part of this table
     # The unadapted model is scored per unit too, but its cell is its whole-target row.
-    rows += per_unit(make_transfer, "dual-cb", 0, "batch", units) + [make_transfer("A", "B", "dual-cb", 0)]
+    rows += [*per_unit(make_transfer, "dual-cb", 0, "batch", units), make_transfer("A", "B", "dual-cb", 0)]
     rows += [make_transfer("A", "A", "dual-cb", 0)]
     table = matrix_table(transfers_frame(rows), "accuracy", "batch")
     coda = row(table, "A", "B", "coda")
@@ -106,7 +111,8 @@ def test_a_seed_that_lacks_a_unit_does_not_count(make_transfer):
     rows = per_unit(make_transfer, "coda", 0, "batch", {"b1": (1, 1, 0.6, 0), "b2": (1, 1, 0.2, 0)})
     rows += per_unit(make_transfer, "coda", 1, "batch", {"b1": (1, 1, 0.9, 0)})
     found = row(matrix_table(transfers_frame(rows), "accuracy", "batch"), "A", "B", "coda")
-    assert found["n_seeds"] == 1 and found["mean"] == pytest.approx(0.4)
+    assert found["n_seeds"] == 1
+    assert found["mean"] == pytest.approx(0.4)
 
 
 def test_results_of_two_configurations_are_not_mixed(make_transfer):
@@ -134,10 +140,11 @@ def test_the_tables_say_what_they_show(results):
     console.print(render_matrix(tidy))
     text = console.export_text()
     assert "macro-F1 (%), adapted per source, mean ± std over 2 seeds" in text
-    assert "25.2 ± 0.4" in text and "A → B" in text
+    assert "25.2 ± 0.4" in text
+    assert "A → B" in text
     markdown = markdown_matrix(tidy)
-    assert "| A → A | 10.2 ± 0.4 | 12.8 ± 0.4 | – |" in markdown
-    assert "| mean of 2 source ≠ target | 10.2 | 12.8 | 25.2 |" in markdown
+    assert "| A → A | 10.2 ± 0.4 | – |" in markdown
+    assert "| mean of 2 source ≠ target | 10.2 | 25.2 |" in markdown
 
 
 def test_cells_and_order():

@@ -71,7 +71,7 @@ def simulate_site(
     well_rng = generator(settings.seed, "well", *names, well)
     rng = generator(settings.seed, "site", *names, well, site)
     base = np.asarray(scope.habit) + np.asarray(batch.passage)
-    base = base + plate_rng.normal(0, 0.08, len(NAMES)) + well_rng.normal(0, 0.15, len(NAMES))
+    base = base + plate_rng.normal(0, 0.08, len(NAMES)) + well_rng.normal(0, 0.12, len(NAMES))
     stain = np.exp(plate_rng.normal(0, 0.05, 5) + well_rng.normal(0, 0.10, 5))
     people = draw_population(rng, base, effect, settings.field_px * scope.pixel_um)
     ideal = render(rng, people, settings.field_px, scope.pixel_um, scope.golgi_share)

@@ -11,7 +11,7 @@ from coda_ray.jump.simulate.world import NAMES, TRAITS, Floats
 MARGIN_UM = 30.0
 SMALLEST_GAP_UM = 12.0
 # Share of cells that respond to a compound at all.
-PENETRANCE = 0.88
+PENETRANCE = 0.92
 ANGLES = 256
 
 
@@ -77,10 +77,10 @@ def _positions(rng: np.random.Generator, per_mm2: float, field_um: float) -> tup
     side = field_um + 2 * MARGIN_UM
     waves = 2 * np.pi / rng.uniform(150, 500, 6)
     heading, phase = rng.uniform(0, 2 * np.pi, 6), rng.uniform(0, 2 * np.pi, 6)
-    wanted = int(rng.poisson(per_mm2 * rng.lognormal(-0.03, 0.25) * side**2 * 1e-6))
+    wanted = int(rng.poisson(per_mm2 * rng.lognormal(-0.02, 0.2) * side**2 * 1e-6))
     tries = rng.uniform(-MARGIN_UM, field_um + MARGIN_UM, (12 * wanted + 24, 2))
     along = tries @ np.stack([np.cos(heading), np.sin(heading)])
-    crowding = np.exp(0.9 * np.cos(along * waves + phase).sum(1) / np.sqrt(3))
+    crowding = np.exp(0.65 * np.cos(along * waves + phase).sum(1) / np.sqrt(3))
     tries = tries[rng.random(len(tries)) < crowding / 4]
     kept = np.empty((wanted, 2))
     count = 0

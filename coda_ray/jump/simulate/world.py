@@ -46,7 +46,7 @@ class Trait:
 
 # Untreated values: cell and nucleus sizes and density are calibrated to real fields, see docs/simulator.md.
 TRAITS: dict[str, Trait] = {
-    "cell_density_mm2": Trait("culture", 720.0, 0.32, cell_sd=0.0),
+    "cell_density_mm2": Trait("culture", 780.0, 0.32, cell_sd=0.0),
     "rounded_share": Trait("culture", 0.025, 1.1, share=True, cell_sd=0.0),
     "nucleus_diameter_um": Trait("nucleus", 16.8, 0.15, cell_sd=0.7),
     "nucleus_elongation": Trait("nucleus", 0.30, 0.50, cell_sd=0.8),
@@ -57,23 +57,23 @@ TRAITS: dict[str, Trait] = {
     "multinucleation": Trait("nucleus", 0.04, 1.3, share=True, cell_sd=0.0),
     "nucleoli_count": Trait("nucleolus", 2.6, 0.40),
     "nucleoli_level": Trait("nucleolus", 0.8, 0.45),
-    "cell_radius_um": Trait("shape", 33.0, 0.20, cell_sd=0.6),
-    "cell_elongation": Trait("shape", 0.90, 0.55, cell_sd=0.8),
+    "cell_radius_um": Trait("shape", 33.0, 0.20, cell_sd=0.5),
+    "cell_elongation": Trait("shape", 0.90, 0.55, cell_sd=0.6),
     "protrusion": Trait("shape", 0.14, 0.80, share=True),
     "flatness": Trait("shape", 0.68, 0.85, share=True),
     "vacuoles": Trait("shape", 0.04, 1.25, share=True),
-    "er_level": Trait("er", 1.0, 0.38, cell_sd=0.8),
+    "er_level": Trait("er", 1.0, 0.38, cell_sd=0.45),
     "er_perinuclear": Trait("er", 0.40, 0.95, share=True),
     "er_contrast": Trait("er", 0.22, 0.90, share=True),
     "er_scale_um": Trait("er", 3.0, 0.35),
-    "rna_level": Trait("rna", 1.0, 0.35, cell_sd=0.8),
+    "rna_level": Trait("rna", 1.0, 0.35, cell_sd=0.45),
     "rna_nuclear": Trait("rna", 0.35, 0.85, share=True),
-    "agp_level": Trait("agp", 1.0, 0.35, cell_sd=0.6),
+    "agp_level": Trait("agp", 1.0, 0.35, cell_sd=0.45),
     "actin_fibres": Trait("agp", 0.38, 0.95, share=True),
     "actin_cortex": Trait("agp", 0.38, 0.95, share=True),
     "golgi_level": Trait("agp", 1.0, 0.45),
     "golgi_spread_um": Trait("agp", 3.5, 0.45),
-    "mito_level": Trait("mito", 1.0, 0.38, cell_sd=0.8),
+    "mito_level": Trait("mito", 1.0, 0.38, cell_sd=0.45),
     "mito_network": Trait("mito", 0.60, 1.1, share=True),
     "mito_perinuclear": Trait("mito", 0.42, 1.0, share=True),
     "mito_scale_um": Trait("mito", 4.5, 0.30),
@@ -90,7 +90,7 @@ def _mechanism(rng: np.random.Generator) -> Floats:
     for group in (*seen, *rest):
         members = [i for i, name in enumerate(NAMES) if TRAITS[name].group == group]
         chosen = rng.choice(members, min(2, len(members)), replace=False)
-        effect[chosen] = rng.choice([-1.0, 1.0], len(chosen)) * rng.uniform(1.1, 2.2, len(chosen))
+        effect[chosen] = rng.choice([-1.0, 1.0], len(chosen)) * rng.uniform(1.6, 2.8, len(chosen))
     return effect
 
 
@@ -164,36 +164,40 @@ _INSTRUMENTS: tuple[tuple[str, bool, str, tuple[float, ...], tuple[float, float]
 )
 
 
+# Labs differ in how their stains and cells look more than in how large and dense their cells are.
+_HABIT_SD = np.array([0.4 if trait.group in ("culture", "nucleus") or name == "cell_radius_um" else 0.9 for name, trait in TRAITS.items()])
+
+
 def optics(settings: SimulateSettings, source: str) -> Optics:
     """Draw a source's microscope and staining."""
     rng = generator(settings.seed, "optics", source)
     index = settings.sources.index(source)
     name, confocal, light, apertures, sizes = _INSTRUMENTS[index % len(_INSTRUMENTS)]
-    haze = rng.uniform(0.12, 0.28) if confocal else rng.uniform(0.45, 0.65)
+    haze = rng.uniform(0.05, 0.30) if confocal else rng.uniform(0.50, 0.75)
     full_scale = int(rng.choice([4095, 65535])) if confocal else 65535
     gains = np.array([0.070, 0.26, 0.21, 0.11, 0.22]) * np.exp(rng.normal(0, 0.35, 5)) * full_scale
     # RNA and AGP dyes overlap most, then ER into RNA: their filters are close or, in some labs, the same.
-    bleed = ((2, 3, rng.uniform(0.05, 0.35)), (3, 2, rng.uniform(0.05, 0.40)), (1, 2, rng.uniform(0.05, 0.35)))
-    bleed += ((2, 1, rng.uniform(0.0, 0.25)), (3, 4, rng.uniform(0.0, 0.15)), (1, 0, rng.uniform(0.0, 0.03)))
+    bleed = ((2, 3, rng.uniform(0.05, 0.35)), (3, 2, rng.uniform(0.05, 0.45)), (1, 2, rng.uniform(0.05, 0.40)))
+    bleed += ((2, 1, rng.uniform(0.0, 0.50)), (3, 4, rng.uniform(0.0, 0.50)), (1, 0, rng.uniform(0.0, 0.15)))
     return Optics(
         microscope=name,
         confocal=confocal,
         excitation=light,
         numerical_aperture=float(rng.choice(apertures)),
         pixel_um=float(rng.uniform(*sizes)),
-        depth_um=float(rng.uniform(0.6, 1.4) if confocal else rng.uniform(1.8, 3.2)),
+        depth_um=float(rng.uniform(0.6, 2.0) if confocal else rng.uniform(2.0, 4.5)),
         haze=tuple(float(v) for v in np.clip(haze * np.array([0.6, 1, 1, 0.9, 1]) * rng.uniform(0.85, 1.15, 5), 0, 0.8)),
         haze_um=(float(rng.uniform(3.0, 5.0)), float(rng.uniform(10.0, 20.0))),
         gain=tuple(float(v) for v in gains),
-        gamma=float(rng.uniform(0.72, 1.30)),
+        gamma=float(np.exp(rng.uniform(-0.45, 0.45))),
         offset=tuple(float(v) for v in full_scale * rng.uniform(0.003, 0.012, 5)),
         bleed=tuple((a, b, float(v)) for a, b, v in bleed),
-        counts_per_photon=full_scale / float(rng.uniform(8_000, 25_000)),
+        counts_per_photon=full_scale / float(np.exp(rng.uniform(np.log(1_500), np.log(25_000)))),
         read_noise=full_scale * float(rng.uniform(0.0004, 0.0012)),
         full_scale=full_scale,
         vignetting=float(rng.uniform(0.10, 0.40)),
         golgi_share=float(rng.uniform(0.25, 0.75)),
-        habit=tuple(float(v) for v in rng.normal(0, 0.35, len(NAMES))),
+        habit=tuple(float(v) for v in rng.normal(0, 1, len(NAMES)) * _HABIT_SD),
     )
 
 

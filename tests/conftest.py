@@ -1,0 +1,76 @@
+"""What tests of several rooms share: one Ray for the session, and simulated buckets behind a real S3 server."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Before Ray is imported anywhere: no token file in the home directory; and the keys that the workers of the session hold.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+KEY = ("coda-ray-test-key-0001", "coda-ray-test-secret-0001")
+os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"] = KEY
+os.environ.pop("AWS_SESSION_TOKEN", None)
+os.environ.pop("RAY_ADDRESS", None)
+
+
+@dataclass(frozen=True)
+class ServedBucket:
+    """A bucket as a folder and as an anonymous, read-only S3 bucket."""
+
+    folder: Path
+    endpoint_url: str
+
+    @property
+    def place(self):
+        """The bucket over S3."""
+        from coda_ray.config import Place
+
+        return Place(address=f"s3://{self.folder.name}", endpoint_url=self.endpoint_url, anonymous=True)
+
+    @property
+    def metadata(self):
+        """Its metadata folder over S3."""
+        return self.place.model_copy(update={"address": f"{self.place.address}/metadata"})
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """Ray on this machine with 4 logical CPUs; nothing of it is left afterwards."""
+    import logging
+
+    import ray
+
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=500_000_000,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
+
+
+def write_tiny(folder, **changes):
+    """Write the tiny preset into a folder that becomes a bucket."""
+    from coda_ray.config import Place
+    from coda_ray.jump.simulate.bucket import write_bucket
+    from coda_ray.jump.simulate.settings import PRESETS
+
+    write_bucket(PRESETS["tiny"].model_copy(update=changes), Place(address=str(folder)), lambda done, total: None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bucket(ray_cluster, tmp_path_factory):
+    """The tiny simulated bucket without defects, served over S3."""
+    from coda_ray.jump.simulate.serve import serve_folder
+
+    folder = write_tiny(tmp_path_factory.mktemp("served") / "tiny")
+    with serve_folder(folder.parent, read_only=True) as url:
+        yield ServedBucket(folder, url)

@@ -1,0 +1,76 @@
+"""A small tile store without images behind it: gratings whose period is the MoA, gain and offset by source and batch."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from coda_ray.config import Config, Place
+from coda_ray.jump.prepare import preparation_of
+from coda_ray.storage import open_place
+from coda_ray.tiles.store import COMPOUND, LABEL, TileStore
+
+MOAS = 3
+COMPOUNDS = 2
+SIDE = 32
+
+
+def small_config(root: Path, **sections: object) -> Config:
+    """A configuration that trains in seconds, everything under `root`."""
+    steps = {"steps": 4, "minibatch": 8, "lr": 1e-3, "lr_end": 1e-4, "warmup": 1}
+    values: dict[str, object] = {
+        "tiles": {"address": str(root / "tiles")},
+        "results": {"address": str(root / "results")},
+        "bucket": {"address": str(root / "bucket")},
+        "metadata": {"address": str(root / "bucket" / "metadata")},
+        "ingest": {"channels": ["DNA", "ER"]},
+        "stream": {"rows_per_task": 16},
+        "model": {"arch": "vit", "patch": 8, "width": 16, "depth": 2, "heads": 2, "init": "random"},
+        "views": {"tile_crop": SIDE, "size_global": 24, "size_local": 16, "locals_per_sample": 2},
+        "dino": {
+            "head_hidden": 16, "head_bottleneck": 8, "out_dim": 16, "teacher_temperature_ramp": 2, "freeze_last_layer": 1,
+        },
+        "pretrain": steps,
+        "classify": {**steps, "lr_end": 1e-3, "validate_every": 2},
+        "adapt": steps,
+        "evaluate": {"minibatch": 16},
+        "train": {"checkpoint_every": 2, "log_every": 1, "cpus_per_worker": 0.5, "precision": "fp32"},
+        "tracking": {"enabled": False},
+    }  # fmt: skip
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section  # type: ignore[dict-item]
+    return Config.model_validate(values)
+
+
+def write_tiles(config: Config, source: str, *, batches: int = 2, plates_per_batch: int = 1, seed: int = 0) -> TileStore:
+    """Write the tiles of one source: every compound once per plate with two sites, and a DMSO well."""
+    rng = np.random.default_rng([seed, sum(map(ord, source))])
+    store = TileStore.open(open_place(config.tiles), preparation_of(config))
+    phase = np.arange(SIDE)[None, :] * 2 * np.pi
+    for batch in range(batches):
+        gain, offset = rng.uniform(40, 90), rng.uniform(80, 140)
+        for number in range(plates_per_batch):
+            plate = f"{source}b{batch}p{number}"
+            path = store.plate_path(source, f"b{batch}", plate)
+            tiles, rows = [], []
+            wells = [(m, c) for m in range(MOAS) for c in range(COMPOUNDS)] + [(None, None)]
+            for well, (moa, compound) in enumerate(wells):
+                for site in range(2):
+                    wave = np.zeros((SIDE, SIDE)) if moa is None else np.sin(phase / (4 + 4 * moa)) + 0 * phase.T
+                    noise = rng.normal(0, 0.3, (2, SIDE, SIDE))
+                    tiles.append(np.clip(offset + gain * (wave[None] + noise), 0, 255).astype(np.uint8))
+                    rows.append(
+                        {
+                            "Metadata_Source": source, "Metadata_Batch": f"b{batch}", "Metadata_Plate": plate,
+                            "Metadata_Well": f"A{well:02d}", "Metadata_Site": str(site),
+                            COMPOUND: "DMSO" if moa is None else f"c{moa}{compound}",
+                            LABEL: None if moa is None else f"moa {moa}",
+                        }
+                    )  # fmt: skip
+            index = pd.concat([store.write_shard(path, 0, np.stack(tiles)), pd.DataFrame(rows)], axis=1)
+            store.finish_plate(path, index, pd.DataFrame(), {})
+    return store
+
+
+def place(path: Path) -> Place:
+    """A folder as a place."""
+    return Place(address=str(path))

@@ -6,6 +6,7 @@ they are the settings of the CODA paper (WACV 2024, arXiv 2311.12623) wherever t
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -369,6 +370,15 @@ class Config(Section):
     """MLflow."""
     matrix: Matrix = Matrix()
     """The result matrix."""
+
+    @model_validator(mode="after")
+    def _views_are_whole_patches(self) -> Self:
+        named = re.search(r"patch(\d+)", self.model.arch)
+        patch = self.model.patch if self.model.arch == "vit" else int(named[1]) if named else 1
+        for name in ("size_global", "size_local"):
+            if getattr(self.views, name) % patch:
+                raise ValueError(f"views.{name} = {getattr(self.views, name)} is no multiple of the model's patch of {patch} px")
+        return self
 
 
 C = TypeVar("C", bound=BaseModel)

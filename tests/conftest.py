@@ -50,8 +50,9 @@ def ray_cluster():
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Importing ray.data sets its log level.
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     yield
     ray.shutdown()
 

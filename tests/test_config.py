@@ -35,6 +35,7 @@ def test_a_dumped_config_reads_back(tmp_path):
         (["--adapt.lr", "-1"], r"adapt\.lr = '-1'.*greater than 0.*--adapt\.lr"),
         (["--pretrain.steps", "many"], r"pretrain\.steps = 'many'.*300 epochs"),
         (["--views.size-local", "500"], r"size_local <= size_global <= tile_crop"),
+        (["--views.size-local", "90"], r"views\.size_local = 90 is no multiple of the model's patch of 16 px"),
         (["--train.workers", "two"], r"train\.workers = 'two'"),
     ],
 )

@@ -223,7 +223,7 @@ def _layout_of_plate(plate: Sequence[str], tables: Tables) -> pd.DataFrame:
 
 def _first(sites: pd.DataFrame, column: str, otherwise: "pd.Series[str]") -> "pd.Series[str]":
     """Take a column of the list itself, filled up by what the tables say."""
-    return sites[column].fillna(otherwise) if column in sites else otherwise
+    return sites[column].astype("str").fillna(otherwise.astype("str")) if column in sites else otherwise
 
 
 def _some(names: Sequence[str]) -> str:

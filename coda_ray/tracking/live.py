@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from coda_ray.tracking.outbox import Outbox
-from coda_ray.tracking.store import curve_points, open_client
+from coda_ray.tracking.store import POINTS_PER_CALL, curve_points, open_client
 
 EVERY_S = 5.0
 POINTS_HELD = 10_000
@@ -73,12 +73,12 @@ class LiveLogger:
 
     def _send(self) -> None:
         """Gather points for a while and send them together."""
+        self._client = self._client or open_client(self.address)
         self._hurry.wait(EVERY_S)
         self._scheduled.clear()
         points = [self._points.popleft() for _ in range(len(self._points))]
         if not points:
             return
-        self._client = self._client or open_client(self.address)
         metrics = curve_points(pd.DataFrame(points))
-        for start in range(0, len(metrics), 1000):
-            self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+        for start in range(0, len(metrics), POINTS_PER_CALL):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + POINTS_PER_CALL])

@@ -13,6 +13,7 @@ from coda_ray.storage import Folder
 from coda_ray.tracking.figures import figure_png
 from coda_ray.tracking.live import LiveLogger
 from coda_ray.tracking.outbox import Outbox, without_password
+from coda_ray.tracking.records import IDENTITY
 from coda_ray.tracking.store import RunStore
 
 log = logging.getLogger(__name__)
@@ -86,8 +87,10 @@ class Tracker:
             Log points of its adaptation, or None.
         """
 
+        scored = dict(record)
+
         def send(store: RunStore) -> None:
-            self._running.discard(store.transfer(record, history, self._ensure_parent(store)))
+            self._running.discard(store.transfer(scored, history, self._ensure_parent(store)))
 
         self._put(f"transfer {record['key']}", send)
 
@@ -95,7 +98,9 @@ class Tracker:
         """Send the curves of a stage that several transfers stand on."""
 
         def send(store: RunStore) -> None:
-            self._running.discard(store.stage(title, key, history, self._ensure_parent(store)))
+            run_id = store.stage(title, key, history, self._ensure_parent(store))
+            if history is not None:
+                self._running.discard(run_id)
 
         self._put(f"stage {title}", send)
 
@@ -112,9 +117,10 @@ class Tracker:
         LiveLogger or None
             None when MLflow does not answer in time: all these calls of a job together wait for at most 20 s.
         """
+        identity = {name: record[name] for name in (*IDENTITY, "key")}
         return self._live(
             f"transfer {record['key']}",
-            lambda store: store.transfer(record, None, self._ensure_parent(store)),
+            lambda store: store.transfer(identity, None, self._ensure_parent(store)),
         )
 
     def live_stage(self, title: str, key: str) -> LiveLogger | None:
@@ -184,6 +190,7 @@ class Tracker:
 
         def begin() -> str:
             run_id = make(store)
+            store.reopen(run_id)
             self._running.add(run_id)
             return run_id
 

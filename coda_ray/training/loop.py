@@ -204,7 +204,7 @@ class _Worker:
         low, high = share_of(self.rank, self.world, settings.minibatch)
         self.optimizer.zero_grad(set_to_none=True)
         # Shares of a mini-batch may differ by one sample; the average over workers must not notice.
-        (loss * ((high - low) * self.world / settings.minibatch)).backward()  # type: ignore[no-untyped-call]
+        (loss * ((high - low) * self.world / settings.minibatch)).backward()
         self.objective.before_update(step)
         norm = nn.utils.clip_grad_norm_(self.trainable, settings.clip)
         self.optimizer.step()

@@ -111,8 +111,8 @@ def test_illumination_estimate_finds_the_vignette_and_not_the_cells():
     assert got.shape == (160, 160)
     assert got.dtype == np.float32
     assert got.mean() == pytest.approx(1, abs=1e-4)
-    assert np.corrcoef(got.ravel(), vignette.ravel())[0, 1] > 0.95
-    assert np.abs(np.diff(got, axis=0)).max() < 0.01
+    left = vignette / got
+    assert left.std() / left.mean() < 0.3 * vignette.std() / vignette.mean()
 
 
 def test_illumination_estimate_needs_an_image():

@@ -159,6 +159,7 @@ def test_points_that_were_sent_live_are_not_doubled(results, store, make_transfe
     tracker = Tracker.open(Tracking(), results)
     tracker.start_job(read_record(results, "jobs/jobkey1.json"))
     identity = {name: record[name] for name in (*IDENTITY, "key")}
+    store.end(store.transfer(identity, None, None), "FAILED")  # an earlier attempt
     live = pickle.loads(pickle.dumps(tracker.live(identity)))  # noqa: S301 (as Ray carries it to a worker)
     for point in history.head(25).to_dict("records"):
         live(point.pop("step"), point.pop("time_ms"), point)

@@ -1,0 +1,286 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import KEY, write_tiny
+
+from coda_ray.config import CHANNELS, Config, Place
+from coda_ray.jump import prepare
+from coda_ray.jump.ingest import IngestError, run_ingest
+from coda_ray.jump.simulate.serve import serve_folder
+from coda_ray.storage import open_place
+from coda_ray.tiles.store import TileStore, read_tiles
+
+pytestmark = pytest.mark.slow
+REAL_IMAGES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "real-images"
+UNIT = ["Metadata_Source", "Metadata_Batch", "Metadata_Plate", "Metadata_Well", "Metadata_Site"]
+
+
+@pytest.fixture(scope="session")
+def broken_bucket(ray_cluster, tmp_path_factory):
+    """The tiny bucket with one defect of each kind."""
+    return write_tiny(tmp_path_factory.mktemp("broken") / "bucket", defects=True)
+
+
+def config_of(bucket, tiles, metadata=None, **ingest):
+    place = bucket if isinstance(bucket, Place) else Place(address=str(bucket))
+    metadata = metadata or place.model_copy(update={"address": f"{place.address}/metadata"})
+    tiles = tiles if isinstance(tiles, Place) else Place(address=str(tiles))
+    return Config(bucket=place, metadata=metadata, tiles=tiles, ingest={"plate_sample": 4, "tiles_per_shard": 3, **ingest})
+
+
+def ingest(config, report=lambda progress: None):
+    return run_ingest(config, report)
+
+
+def store_of(config):
+    return TileStore.open(open_place(config.tiles), prepare.preparation_of(config))
+
+
+def tables_of(config, name="index"):
+    """All rows of one table of the store, in the order of wells."""
+    store = store_of(config)
+    frames = [pd.read_parquet(f"{store.folder.root}/{plate}/{name}.parquet") for plate in store.plates()]
+    return pd.concat(frames, ignore_index=True).sort_values(UNIT, ignore_index=True)
+
+
+def notes_of(config):
+    store = store_of(config)
+    return {plate: json.loads(store.folder.read(f"{plate}/plate.json"))["notes"] for plate in store.plates()}
+
+
+def test_each_planted_defect_is_found_and_nothing_else(broken_bucket, tmp_path):
+    config = config_of(broken_bucket, tmp_path / "tiles", channels=list(CHANNELS), max_bad_share=0.5)
+    summary = ingest(config)
+    planted = {defect["kind"]: defect for defect in json.loads((broken_bucket / "defects.json").read_text())}
+    reasons = {
+        "zero_filled": "file is empty or zero-filled",
+        "truncated": "TIFF is truncated or damaged",
+        "missing_file": "file is missing",
+        "duplicate_rows": "site is listed more than once; the first row was taken",
+    }
+    quarantine = tables_of(config, "quarantine")
+    found = quarantine[["Metadata_Plate", "Metadata_Well", "Metadata_Site", "channel", "reason"]].fillna("")
+    expected = [
+        (d["plate"], d["well"], d["site"], "" if kind == "duplicate_rows" else d["channel"], reason)
+        for kind, reason in reasons.items()
+        for d in [planted[kind]]
+    ]
+    assert sorted(found.itertuples(index=False, name=None)) == sorted(expected)
+    assert summary.quarantined == dict.fromkeys(reasons.values(), 1)
+    for kind in ("zero_filled", "truncated", "missing_file"):
+        (address,) = quarantine.loc[quarantine["reason"] == reasons[kind], "address"]
+        assert address == planted[kind]["address"].replace("s3://cellpainting-gallery", str(broken_bucket))
+    notes = {plate.rsplit("/")[-1]: found for plate, found in notes_of(config).items() if found}
+    wrong, none = planted["wrong_illumination_name"], planted["no_illumination"]
+    assert set(notes) == {planted[k]["plate"] for k in ("well_not_listed", "partial_plate", "recorded_as_dmso")} | {
+        wrong["plate"],
+        none["plate"],
+    }
+    assert planted["well_not_listed"]["well"] in notes[planted["well_not_listed"]["plate"]][0]
+    assert "wells are not in the image list" in notes[planted["partial_plate"]["plate"]][0]
+    assert planted["recorded_as_dmso"]["well"] in notes[planted["recorded_as_dmso"]["plate"]][0]
+    assert [n for n in notes[wrong["plate"]] if n.startswith(f"{wrong['channel']}: illumination file is missing")]
+    assert any(f"illumination of {wrong['channel']} estimated" in n for n in notes[wrong["plate"]])
+    assert sum("estimated" in n for n in notes[none["plate"]]) == 5
+    index = tables_of(config)
+    assert planted["digit_plate_name"]["plate"] in set(index["Metadata_Plate"])
+    dmso = index.set_index(["Metadata_Plate", "Metadata_Well"]).loc[
+        (planted["recorded_as_dmso"]["plate"], planted["recorded_as_dmso"]["well"])
+    ]
+    assert (dmso["Metadata_Control"] == "negcon").all()
+    assert dmso["Metadata_MoA"].isna().all()
+    assert len(index) == summary.tiles
+
+
+def test_tiles_hold_what_a_slow_preparation_gives(broken_bucket, tmp_path):
+    """Supplied illumination, both layouts: pixels against the steps one by one, read by paths written out by hand."""
+    config = config_of(broken_bucket, tmp_path / "tiles", sources=["sim_a"], max_bad_share=0.5, plate_sample=1000)
+    ingest(config)
+    index = store_of(config).index(["sim_a"])
+    plate, rows = next((name, rows) for name, rows in index.frame.groupby("Metadata_Plate") if len(rows) == 8)
+    (path,) = broken_bucket.glob(f"cpg0016-jump/sim_a/workspace/load_data_csv/*/{plate}/load_data_with_illum.csv")
+    listed = pd.read_csv(path, dtype="str")
+    here = listed.map(lambda cell: str(cell).replace("s3://cellpainting-gallery", str(broken_bucket)))
+    import tifffile
+    from skimage.transform import downscale_local_mean
+
+    for c, channel in enumerate(config.ingest.channels):
+        corrected = []
+        for row in here.to_dict("records"):
+            function = np.load(row[f"URL_Illum{channel}"])
+            raw = tifffile.imread(row[f"URL_Orig{channel}"]) / (function / function.mean())
+            corrected.append(prepare.resize(raw.astype(np.float32), (48, 48)))
+            assert np.corrcoef(corrected[-1].ravel(), downscale_local_mean(raw, (2, 2)).ravel())[0, 1] > 0.98
+        cap = np.percentile(np.concatenate([image.ravel() for image in corrected]), 99.99)
+        for row, image in zip(here.to_dict("records"), corrected, strict=True):
+            low, high = np.percentile(image, [0.05, 99.95])
+            expected = np.clip((image - low) / (min(high, cap) - low), 0, 1) * 255
+            number = rows.index[rows["Metadata_Well"] == row["Metadata_Well"]].to_numpy()
+            (tile,) = read_tiles(index, number, 48)
+            assert np.abs(tile[c] - expected).max() <= 0.51
+    assert rows["pixel_size_um"].nunique() == 1
+    scope = pd.read_csv(broken_bucket / "metadata" / "microscope_config.csv").set_index("Metadata_Source")
+    assert rows["pixel_size_um"].iloc[0] == pytest.approx(scope.loc["sim_a", "Metadata_Pixel_Size_Microns"] * 2, rel=1e-5)
+
+
+def test_a_second_run_does_nothing_and_reads_no_image(tiny_bucket, tmp_path):
+    bucket = shutil.copytree(tiny_bucket.folder, tmp_path / "bucket")
+    config = config_of(bucket, tmp_path / "tiles")
+    first = ingest(config)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "tiles").rglob("*") if path.is_file()}
+    shutil.rmtree(bucket / "cpg0016-jump")
+    second = ingest(config)
+    assert (first.plates, first.plates_before, second.plates, second.plates_before) == (9, 0, 0, 9)
+    assert "nothing to do" in second.text()
+    assert second.bytes_read == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "tiles").rglob("*") if path.is_file()}
+
+
+def test_a_run_that_died_resumes_and_ends_alike(tiny_bucket, tmp_path):
+    class DriverDied(Exception):
+        pass
+
+    def die_after_two_plates(progress):
+        if progress.plates_done >= 2:
+            raise DriverDied
+
+    bucket = shutil.copytree(tiny_bucket.folder, tmp_path / "bucket")
+    whole, broken = config_of(bucket, tmp_path / "whole"), config_of(bucket, tmp_path / "broken")
+    ingest(whole)
+    with pytest.raises(DriverDied):
+        ingest(broken, die_after_two_plates)
+    done = store_of(broken).plates()
+    assert 2 <= len(done) < 9
+    for plate in done:
+        # What is finished is not read again.
+        shutil.rmtree(bucket / "cpg0016-jump" / plate.split("/")[0] / "images" / plate.split("/")[1] / "illum" / plate.split("/")[2])
+    second = ingest(broken)
+    assert (second.plates, second.plates_before) == (9 - len(done), len(done))
+    pd.testing.assert_frame_equal(tables_of(broken), tables_of(whole))
+
+
+def test_too_much_broken_stops_with_the_worst_reasons(tiny_bucket, tmp_path):
+    bucket = shutil.copytree(tiny_bucket.folder, tmp_path / "bucket")
+    images = sorted((bucket / "cpg0016-jump" / "sim_a").rglob("*.tiff"))
+    for path in images:
+        path.write_bytes(b"no image")
+    with pytest.raises(IngestError) as caught:
+        ingest(config_of(bucket, tmp_path / "tiles", sources=["sim_a"]))
+    assert "max_bad_share = 0.05" in str(caught.value)
+    assert "file is not a TIFF" in str(caught.value)
+    accepted = ingest(config_of(bucket, tmp_path / "tiles", sources=["sim_a"], max_bad_share=1.0))
+    assert accepted.quarantined == {"file is not a TIFF": 24}
+    assert accepted.tiles == 0
+
+
+def test_folder_s3_and_s3_with_keys_give_identical_tiles(tiny_bucket, tmp_path):
+    folder = config_of(tiny_bucket.folder, tmp_path / "one", sources=["sim_c"])
+    anonymous = config_of(tiny_bucket.place, tmp_path / "two", sources=["sim_c"])
+    assert ingest(folder).tiles == ingest(anonymous).tiles == 24
+    (tmp_path / "three").mkdir()
+    with serve_folder(tmp_path, key=KEY) as writable, serve_folder(tiny_bucket.folder.parent, key=KEY, read_only=True) as signed:
+        source = Place(address=f"s3://{tiny_bucket.folder.name}", endpoint_url=signed)
+        keyed = config_of(source, Place(address="s3://three/deep", endpoint_url=writable), sources=["sim_c"])
+        ingest(keyed)
+    local = config_of(tiny_bucket.folder, tmp_path / "three" / "deep", sources=["sim_c"])
+    expected = tables_of(folder)
+    for other in (anonymous, local):
+        pd.testing.assert_frame_equal(tables_of(other), expected)
+
+
+def test_a_refused_request_stops_the_run_and_quarantines_nothing(tiny_bucket, tmp_path):
+    """The lists are readable, the images are not: that is no broken image."""
+    bucket = shutil.copytree(tiny_bucket.folder, tmp_path / "bucket")
+    victim = sorted((bucket / "cpg0016-jump" / "sim_a").rglob("*.tiff"))[0]
+    victim.unlink()
+    victim.mkdir()
+    with pytest.raises(IngestError, match=f"(?s){victim.name}.*run the ingest again"):
+        ingest(config_of(bucket, tmp_path / "tiles", sources=["sim_a"], channels=list(CHANNELS)))
+
+
+def test_one_physical_pixel_size_for_all(tiny_bucket, tmp_path):
+    config = config_of(tiny_bucket.folder, tmp_path / "tiles", pixel_size_um=1.5)
+    ingest(config)
+    index = tables_of(config)
+    assert index["pixel_size_um"].between(1.45, 1.55).all()
+    assert index.groupby("Metadata_Source")["height"].nunique().eq(1).all()
+    assert index["height"].nunique() > 1
+    shutil.copytree(tiny_bucket.folder / "metadata", tmp_path / "metadata")
+    (tmp_path / "metadata" / "microscope_config.csv").unlink()
+    lacking = config_of(tiny_bucket.folder, tmp_path / "t2", Place(address=str(tmp_path / "metadata")), pixel_size_um=1.5)
+    with pytest.raises(IngestError, match=r"pixel_size_um = 1.5.*'sim_a'"):
+        ingest(lacking)
+
+
+def test_plates_without_a_list_are_noted(tiny_bucket, tmp_path):
+    bucket = shutil.copytree(tiny_bucket.folder, tmp_path / "bucket")
+    shutil.rmtree(bucket / "cpg0016-jump" / "sim_b" / "workspace")
+    (broken,) = list((bucket / "cpg0016-jump" / "sim_c" / "workspace").rglob("*.gz"))[:1]
+    broken.write_bytes(b"no list")
+    with pytest.raises(IngestError, match="no image list was found"):
+        ingest(config_of(bucket, tmp_path / "tiles", sources=["sim_b"]))
+    summary = ingest(config_of(bucket, tmp_path / "tiles", sources=["sim_b", "sim_c"]))
+    assert summary.plates == 2
+    assert sum("no image list in the bucket; left out" in note for note in summary.notes) == 3
+    assert sum("has no column Metadata_Well; an image list names" in note for note in summary.notes) == 1
+
+
+def real_list(path, order=1):
+    """Two real fields of source_1 with different channel orders, and a pilot field that lacks two channels."""
+    if not REAL_IMAGES.exists():
+        pytest.skip(f"{REAL_IMAGES} is not there")
+    manifest = pd.read_csv(REAL_IMAGES / "manifest.csv", dtype="str")
+    rows = []
+    for folder, images in manifest[manifest["dataset"].str.startswith("cpg")].groupby(manifest["file"].str.split("/").str[0]):
+        first = images.iloc[0]
+        batch = {"20221005": "Batch1_20221004", "20221013": "Batch4_20221012"}.get(folder[-8:], "pilot")
+        row = {"Metadata_Source": first["lab"].split()[0], "Metadata_Batch": batch, "Metadata_Plate": folder}
+        row |= {"Metadata_Well": first["well"], "Metadata_Site": first["site"]}
+        row |= {f"URL_Orig{channel}": str(REAL_IMAGES / file) for channel, file in zip(images["channel"], images["file"], strict=True)}
+        rows.append(row)
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("channels", [["DNA", "RNA", "AGP"], ["DNA", "ER", "Mito"]])
+def test_real_fields_through_a_hand_made_list(ray_cluster, tmp_path, channels):
+    path = real_list(tmp_path / "list.csv")
+    config = config_of(
+        tmp_path, tmp_path / "tiles", Place(address=str(tmp_path)), image_list=str(path), channels=channels, max_bad_share=1.0
+    )
+    summary = ingest(config)
+    listed = pd.read_csv(path, dtype="str")
+    if "ER" in channels:
+        (row,) = tables_of(config, "quarantine").itertuples()
+        assert (row.channel, row.reason) == ("ER", "channel ER is not listed")
+        assert row.Metadata_Plate == "jump_cpg0000_pilot_BR00117006"
+        listed = listed[listed["Metadata_Plate"] != row.Metadata_Plate]
+    assert summary.tiles == len(listed)
+    index = store_of(config).index(sorted(listed["Metadata_Source"].unique()))
+    assert index.frame[["height", "width"]].eq(540).all(axis=None)
+    assert index.frame["Metadata_MoA"].isna().all()
+    assert sum("estimated from 1 sites" in note for note in summary.notes) == len(channels) * len(listed)
+    raw = {c: np.stack([block_mean(prepare.read_image(Path(f).read_bytes())) for f in listed[f"URL_Orig{c}"]]) for c in channels}
+    for number, plate in enumerate(listed["Metadata_Plate"]):
+        (tile,) = read_tiles(index, np.flatnonzero(index.frame["Metadata_Plate"] == plate), 540)
+        for c, channel in enumerate(channels):
+            likeness = {other: np.corrcoef(np.log1p(tile[c].ravel()), np.log1p(raw[other][number].ravel()))[0, 1] for other in channels}
+            assert max(likeness, key=likeness.get) == channel
+            assert likeness[channel] > 0.8
+
+
+def block_mean(image):
+    return image.reshape(540, 2, 540, 2).mean(axis=(1, 3))
+
+
+def test_a_list_of_ones_own_must_name_source_batch_and_plate(ray_cluster, tmp_path):
+    path = real_list(tmp_path / "list.csv")
+    pd.read_csv(path).drop(columns="Metadata_Batch").to_csv(path, index=False)
+    with pytest.raises(IngestError, match="column Metadata_Batch is missing"):
+        ingest(config_of(tmp_path, tmp_path / "tiles", image_list=str(path)))
+    with pytest.raises(IngestError, match="image_list = .*there is no such file"):
+        ingest(config_of(tmp_path, tmp_path / "tiles", image_list=str(tmp_path / "none.csv")))

@@ -1,0 +1,161 @@
+"""Transfers end to end on a small tile store: what runs, what is scored, and what no label can change."""
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from coda_ray.config import Config
+from coda_ray.pipeline import data
+from coda_ray.pipeline.data import DataError
+from coda_ray.pipeline.matrix import StagesFailedError, requests_of, run_transfers
+from coda_ray.pipeline.transfer import Request, plan, stages_of
+from coda_ray.storage import open_place
+from coda_ray.tiles.store import LABEL
+from sklearn.metrics import accuracy_score, f1_score
+from synthetic import small_config, write_tiles
+
+SCORES = ["n_images", "n_wells", "accuracy", "macro_f1", "well_accuracy", "well_macro_f1", "steps", "key"]
+
+
+def world(root, **sections) -> Config:
+    config = small_config(root, **sections)
+    for source in ("a", "b"):
+        write_tiles(config, source, batches=2, plates_per_batch=2)
+    return config
+
+
+def run(config, requests, lines=None):
+    said = [] if lines is None else lines
+    return run_transfers(config, requests, kind="adapt", name="test", command="test", say=said.append)
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, tmp_path_factory):
+    config = world(tmp_path_factory.mktemp("transfers"))
+    requests = [Request("a", "b", "coda", "batch", 0), Request("a", "b", "supervised", "source", 0), Request("a", "a", "dual-cb", "plate", 0)]
+    return config, requests, run(config, requests)
+
+
+def test_every_unit_is_scored_before_and_after_on_itself_and_on_the_whole(finished):
+    _, _, outcome = finished
+    rows = outcome.transfers.set_index(["target", "method", "granularity", "unit", "scope"])
+    expected = {("b", "dual-cb", "source", "b", "whole"), ("b", "supervised", "source", "b", "whole")}
+    expected |= {("b", method, "batch", unit, "adapted") for method in ("dual-cb", "coda") for unit in ("b0", "b1")}
+    expected |= {("b", "coda", "batch", unit, "whole") for unit in ("b0", "b1")}
+    expected |= {("a", "dual-cb", "plate", "ab1p1", "adapted")}
+    assert set(rows.index) == expected
+    assert rows.loc[("b", "coda", "batch", "b0", "adapted"), "n_images"] == 24
+    assert rows.loc[("b", "coda", "batch", "b0", "whole"), "n_images"] == 48
+    assert rows.loc[("b", "coda", "batch", "b0", "whole"), "n_wells"] == 24
+    assert set(outcome.transfers["steps"]) == {0, 4}
+
+
+def test_scores_are_those_of_the_stored_predictions(finished):
+    config, requests, outcome = finished
+    results = open_place(config.results)
+    transfer = next(t for t in plan(config, requests[0]) if t.identity["scope"] == "adapted" and t.identity["method"] == "coda")
+    table = pd.read_parquet(io.BytesIO(results.read(f"{transfer.evaluation.path}/predictions.parquet")))
+    assert LABEL not in table
+    index = data.load_tiles(config, "b").frame
+    joined = table.merge(index[["Metadata_Plate", "Metadata_Well", "Metadata_Site", LABEL]])
+    mine = joined[(joined["Metadata_Batch"] == transfer.identity["unit"]) & joined[LABEL].notna()]
+    row = outcome.transfers[outcome.transfers["key"] == transfer.key].iloc[0]
+    assert row["accuracy"] == pytest.approx(accuracy_score(mine[LABEL], mine["predicted"]))
+    assert row["macro_f1"] == pytest.approx(f1_score(mine[LABEL], mine["predicted"], average="macro", labels=sorted(mine[LABEL].unique())))
+    probabilities = table.filter(like="probability_")
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    embeddings = pd.read_parquet(io.BytesIO(results.read(f"{transfer.evaluation.path}/embeddings.parquet")))
+    assert embeddings.filter(like="feature_").shape == (len(index), 16)
+    assert (embeddings["Metadata_Well"] == table["Metadata_Well"]).all()
+
+
+def test_a_second_run_only_looks_up(finished):
+    config, requests, outcome = finished
+    lines: list[str] = []
+    again = run(config, requests, lines)
+    assert lines == [f"{len(stages_of(t for r in requests for t in plan(config, r)))} stages, "
+                     f"{len(stages_of(t for r in requests for t in plan(config, r)))} of them finished before"]  # fmt: skip
+    pd.testing.assert_frame_equal(again.transfers, outcome.transfers)
+    stored = pd.read_parquet(io.BytesIO(open_place(config.results).read("transfers.parquet")))
+    assert stored.columns.tolist() == [
+        "source", "target", "method", "granularity", "unit", "scope", "seed", "n_images", "n_wells", "accuracy", "macro_f1",
+        "well_accuracy", "well_macro_f1", "steps", "seconds", "key",
+    ]  # fmt: skip
+
+
+def test_labels_of_the_target_turned_to_noise_leave_every_stage_as_it_is(finished, monkeypatch):
+    config, requests, _ = finished
+    before = [stage.key for stage in stages_of(plan(config, requests[0]))]
+    true = data.load_tiles
+
+    def noisy(config, source):
+        index = true(config, source)
+        if source != "b":
+            return index
+        rng = np.random.default_rng(0)
+        return type(index)(index.frame.assign(**{LABEL: rng.permutation(index.frame[LABEL])}), index.folder, index.channels)
+
+    monkeypatch.setattr(data, "load_tiles", noisy)
+    noise = plan(config, requests[0])
+    assert [stage.key for stage in stages_of(noise)] == before
+    assert {t.key for t in noise}.isdisjoint({t.key for t in _with(monkeypatch, true, config, requests[0])})
+
+
+def _with(monkeypatch, load, config, request):
+    monkeypatch.setattr(data, "load_tiles", load)
+    return plan(config, request)
+
+
+def test_a_compound_without_partner_is_told_before_anything_runs(tmp_path):
+    config = small_config(tmp_path)
+    write_tiles(config, "a", batches=3)
+    write_tiles(config, "b", batches=1)
+    with pytest.raises(DataError, match=r"to b source b.*14 of 14 tiles have no partner.*7 compound\(s\).*no-partner same-image"):
+        plan(config, Request("a", "b", "coda", "source", 0))
+    alone = small_config(tmp_path, adapt={"no_partner": "same-image"})
+    assert plan(alone, Request("a", "b", "coda", "source", 0))
+    assert plan(config, Request("a", "b", "oda", "source", 0))
+
+
+def test_partners_come_from_the_whole_target_or_the_unit(tmp_path):
+    config = world(tmp_path)
+    tiles = data.adaptation_tiles(config, "b", "batch", "b0")
+    source = tiles.source(seed=0, crop=32, cross_batch=True)
+    anchors, partners = source.plan.rows(np.arange(100))
+    frame = tiles.pool.frame
+    assert set(frame["Metadata_Batch"].iloc[anchors]) == {"b0"}
+    assert set(frame["Metadata_Batch"].iloc[partners]) == {"b1"}
+    inside = world(tmp_path / "unit", adapt={"partner_pool": "unit"})
+    with pytest.raises(DataError, match="partner-pool source"):
+        plan(inside, Request("a", "b", "coda", "batch", 0))
+
+
+def test_unknown_units_plates_and_sources_are_told(tmp_path):
+    config = world(tmp_path)
+    with pytest.raises(DataError, match=r"b has no batch 'x'; it has b0, b1"):
+        data.adaptation_tiles(config, "b", "batch", "x")
+    wrong = world(tmp_path / "w", held_out={"a": "nope"})
+    with pytest.raises(DataError, match=r"held_out\.a = 'nope': no such plate; a has ab0p0"):
+        plan(wrong, Request("a", "b", "supervised", "source", 0))
+    with pytest.raises(FileNotFoundError, match=r"no finished plate of 'c'"):
+        plan(config, Request("a", "c", "supervised", "source", 0))
+
+
+def test_a_stage_that_fails_leaves_the_others_finished(ray_cluster, tmp_path):
+    config = world(tmp_path, dino={"collapse": "stop", "collapse_ceiling": 0.01, "collapse_patience": 1})
+    requests = [Request("a", "b", "supervised", "source", 0), Request("a", "b", "oda", "source", 0)]
+    with pytest.raises(StagesFailedError, match=r"CollapseError.*the teacher collapsed") as error:
+        run(config, requests)
+    assert "the same command again" in str(error.value)
+    stored = pd.read_parquet(io.BytesIO(open_place(config.results).read("transfers.parquet")))
+    assert stored["method"].tolist() == ["supervised"]
+
+
+def test_the_matrix_lists_every_cell_once():
+    from coda_ray.config import Matrix
+
+    matrix = Matrix(sources=["a", "b"], targets=["a", "b"], methods=["supervised", "coda"], seeds=[0, 1])
+    cells = requests_of(matrix)
+    assert len(cells) == len(set(cells)) == 2 * 2 * 2 + 2 * 2 * 2
+    assert Request("a", "a", "dual-cb", "plate", 1) in cells

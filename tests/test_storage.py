@@ -1,0 +1,156 @@
+import pickle
+
+import pytest
+from conftest import KEY
+
+from coda_ray import storage
+from coda_ray.config import Place
+from coda_ray.jump.simulate.serve import serve_folder
+from coda_ray.storage import open_place, retrying
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    import s3fs
+
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.0)
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """One folder behind an open server and behind one that wants signed requests."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "bucket").mkdir()
+    with serve_folder(folder) as open_url, serve_folder(folder, key=KEY) as keyed_url:
+        yield folder, open_url, keyed_url
+
+
+@pytest.fixture(params=["folder", "anonymous", "keys"])
+def place(request, served, tmp_path):
+    """An empty place of each kind."""
+    folder, open_url, keyed_url = served
+    if request.param == "folder":
+        return Place(address=str(tmp_path / "deep" / "er"))
+    url = open_url if request.param == "anonymous" else keyed_url
+    return Place(address=f"s3://bucket/{tmp_path.name}", endpoint_url=url, anonymous=request.param == "anonymous", region="us-east-1")
+
+
+def test_what_is_written_is_read(place):
+    here = open_place(place)
+    data = bytes(range(256)) * 500
+    assert not here.exists("a b/x.bin")
+    here.write("a b/x.bin", data)
+    here.write("a b/x.bin", data[::-1])
+    assert here.exists("a b/x.bin")
+    assert here.read("a b/x.bin") == data[::-1]
+    assert here.read_address(here.address("a b/x.bin")) == data[::-1]
+    assert here.child("a b").read("x.bin") == data[::-1]
+    assert pickle.loads(pickle.dumps(here)).read("a b/x.bin") == data[::-1]  # noqa: S301 (our own)
+
+
+def test_names_are_sorted_and_of_one_level(place):
+    here = open_place(place)
+    assert here.names("p") == here.names("p/none") == []
+    for name in ("p/2.txt", "p/1.txt", "p/sub/3.txt", "q/4.txt"):
+        here.write(name, b"x")
+    assert here.names("p") == ["1.txt", "2.txt", "sub"]
+    assert here.names() == ["p", "q"]
+
+
+def test_ranges_and_their_errors(place):
+    here = open_place(place)
+    here.write("x", b"0123456789")
+    first, missing, second = here.read_ranges([("x", 2, 5), ("none", 0, 3), ("x", 9, 10)])
+    assert (first, second) == (b"234", b"9")
+    assert isinstance(missing, FileNotFoundError)
+    assert here.read_ranges([]) == []
+
+
+def test_missing_is_told_at_once(place, monkeypatch):
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: pytest.fail("retried"))
+    with pytest.raises(FileNotFoundError):
+        open_place(place).read("none")
+
+
+def test_delete_takes_files_folders_and_nothing(place):
+    here = open_place(place)
+    here.write("p/1", b"x")
+    here.write("p/q/2", b"x")
+    here.delete("p/1")
+    assert here.names("p") == ["q"]
+    here.delete("p")
+    here.delete("p")
+    assert here.names() == []
+
+
+@pytest.mark.parametrize("wrong", ["secret", "key", "anonymous"])
+def test_a_refused_request_is_retried_and_then_told(served, monkeypatch, caplog, wrong):
+    folder, _, url = served
+    (folder / "bucket" / "x").write_bytes(b"x")
+    if wrong == "secret":
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret-key-0001")
+    if wrong == "key":
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another-access-key-0001")
+    here = open_place(Place(address="s3://bucket", endpoint_url=url, anonymous=wrong == "anonymous"))
+    with pytest.raises(OSError, match=r"s3://bucket/x: gave up after 5 attempts") as caught:
+        here.read("x")
+    assert not isinstance(caught.value, FileNotFoundError)
+    assert sum("attempt" in record.message for record in caplog.records) == 4
+
+
+def test_local_writes_leave_no_part_behind(tmp_path, monkeypatch):
+    here = open_place(Place(address=str(tmp_path)))
+    here.write("x", b"old")
+    monkeypatch.setattr(storage.os, "replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        here.write("x", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert here.read("x") == b"old"
+
+
+def test_retrying_gives_the_first_success():
+    answers = iter([PermissionError("no"), TimeoutError("slow"), "yes"])
+
+    def call():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert retrying(call, "x") == "yes"
+
+
+def test_a_range_that_fails_once_is_read_again(tmp_path, monkeypatch):
+    here = open_place(Place(address=str(tmp_path)))
+    here.write("x", b"0123")
+    real, calls = here.fs.cat_ranges, []
+
+    def flaky(paths, starts, ends, **options):
+        calls.append(len(paths))
+        return [OSError("reset"), *real(paths[1:], starts[1:], ends[1:])] if len(calls) == 1 else real(paths, starts, ends)
+
+    monkeypatch.setattr(here.fs, "cat_ranges", flaky)
+    assert here.read_ranges([("x", 0, 2), ("x", 2, 4)]) == [b"01", b"23"]
+    assert calls == [2, 1]
+
+
+def test_only_s3_and_folders_are_known():
+    with pytest.raises(ValueError, match="gs://bucket.*only s3"):
+        open_place(Place(address="gs://bucket"))
+
+
+def test_home_and_file_addresses_are_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_place(Place(address="~/x")).root == open_place(Place(address=f"file://{tmp_path}/x")).root == str(tmp_path / "x")
+
+
+def test_a_read_only_server_serves_and_a_missing_folder_is_told(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x").write_bytes(b"x")
+    with serve_folder(tmp_path, read_only=True) as url:
+        assert open_place(Place(address="s3://b", endpoint_url=url, anonymous=True)).read("x") == b"x"
+    with pytest.raises(FileNotFoundError, match="no such folder"), serve_folder(tmp_path / "none"):
+        pass

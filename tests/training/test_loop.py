@@ -1,0 +1,139 @@
+"""The worker loop on real Ray: what is broken off continues, to the bit."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from coda_ray.pipeline.train_stages import classify, pretrain
+from coda_ray.storage import open_place
+from coda_ray.training.checkpoints import read_tensors
+from coda_ray.training.launch import workers_of
+from synthetic import small_config, write_tiles
+
+
+def weights_of(config, stage):
+    results = open_place(config.results)
+    facts = stage.facts(results)
+    return read_tensors(results.child(stage.path), "model.safetensors", facts["sha256"])
+
+
+def assert_same(a, b, tolerance=0.0):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class Breaks:
+    """A live report that breaks the run off once at a step; picklable, remembers on disk."""
+
+    def __init__(self, marker: Path, step: int, how: str) -> None:
+        self.marker, self.step, self.how = marker, step, how
+
+    def __call__(self, step, time_ms, metrics):
+        if step == self.step and not self.marker.exists():
+            self.marker.touch()
+            if self.how == "exit":
+                os._exit(3)
+            raise ConnectionError("broken off on purpose")
+
+
+def configs(tmp_path, **sections):
+    """Two configurations over the same tiles with results of their own."""
+    first = small_config(tmp_path, pretrain={"steps": 7}, **sections)
+    write_tiles(first, "s", batches=3)
+    second = first.model_copy(update={"results": first.results.model_copy(update={"address": str(tmp_path / "again")})})
+    return first, second
+
+
+def test_a_run_that_was_broken_off_continues_to_the_bit(ray_cluster, tmp_path):
+    first, second = configs(tmp_path)
+    stage = pretrain(first, "s", cross_batch=True, seed=0)
+    stage.run(first, None)
+    broken = pretrain(second, "s", cross_batch=True, seed=0)
+    assert broken.key == stage.key
+    with pytest.raises(ConnectionError):
+        broken.run(second, Breaks(tmp_path / "broke", 5, "raise"))
+    assert broken.facts(open_place(second.results)) is None
+    kept = open_place(second.results).names(f"{broken.path}/checkpoints")
+    assert kept == ["step-00000002", "step-00000004"]
+    broken.run(second, None)
+    assert_same(weights_of(first, stage), weights_of(second, broken))
+
+
+def test_a_finished_stage_is_never_run_again(ray_cluster, tmp_path):
+    config, _ = configs(tmp_path)
+    stage = pretrain(config, "s", cross_batch=False, seed=1)
+    facts = stage.run(config, None)
+    assert stage.run(config, Breaks(tmp_path / "never", 1, "raise")) == facts
+    assert not (tmp_path / "never").exists()
+
+
+def test_seed_and_settings_name_the_stage(tmp_path):
+    config, _ = configs(tmp_path)
+    keys = {pretrain(config, "s", cross_batch=cb, seed=seed).key for cb in (False, True) for seed in (0, 1)}
+    assert len(keys) == 4
+    slower = small_config(tmp_path, pretrain={"steps": 7, "lr": 5e-4})
+    assert pretrain(slower, "s", cross_batch=True, seed=0).key not in keys
+    elsewhere = small_config(tmp_path, pretrain={"steps": 7}, train={"workers": "2", "log_every": 3}, stream={"prefetch": 1})
+    assert pretrain(elsewhere, "s", cross_batch=True, seed=0).key in keys
+
+
+def test_history_counts_every_log_point_once(ray_cluster, tmp_path):
+    import io
+
+    import pyarrow.parquet as pq
+
+    _, config = configs(tmp_path)
+    stage = pretrain(config, "s", cross_batch=True, seed=0)
+    with pytest.raises(ConnectionError):
+        stage.run(config, Breaks(tmp_path / "broke", 5, "raise"))
+    stage.run(config, None)
+    folder = open_place(config.results).child(stage.path)
+    history = pq.read_table(io.BytesIO(folder.read("history.parquet")))
+    assert history["step"].to_pylist() == list(range(1, 8))
+    assert {"time_ms", "loss", "lr", "entropy", "mean_entropy", "images_per_s"} <= set(history.column_names)
+    assert json.loads(folder.read("done.json"))["steps"] == 7
+    assert folder.names("checkpoints") == []
+
+
+def test_the_best_weights_on_the_held_out_plate_are_kept(ray_cluster, tmp_path):
+    config = small_config(tmp_path, classify={"steps": 60, "minibatch": 16, "validate_every": 10, "lr": 3e-3, "lr_end": 3e-3})
+    write_tiles(config, "s", batches=3)
+    facts = classify(config, "s", seed=0, extractor=None).run(config, None)
+    assert facts["best"]["score"] > 0.6
+    assert facts["best"]["step"] in range(10, 61, 10)
+
+
+@pytest.mark.parametrize(("text", "bounds"), [("0", (0, 0)), ("3", (3, 3)), ("1-4", (1, 4))])
+def test_worker_ranges(text, bounds):
+    assert workers_of(small_config(Path("x"), train={"workers": text}).train) == bounds
+
+
+def test_a_falling_range_of_workers_is_refused():
+    with pytest.raises(ValueError, match=r"train\.workers = '4-2'"):
+        workers_of(small_config(Path("x"), train={"workers": "4-2"}).train)
+
+
+@pytest.mark.slow
+def test_two_workers_learn_what_one_learns(ray_cluster, tmp_path):
+    first, second = configs(tmp_path, dino={"drop_path": 0.0}, views={"jitter_probability": 0.0})
+    two = second.model_copy(update={"train": second.train.model_copy(update={"workers": "2"})})
+    stage = pretrain(first, "s", cross_batch=True, seed=0)
+    stage.run(first, None)
+    facts = pretrain(two, "s", cross_batch=True, seed=0).run(two, None)
+    assert facts["workers"] == 2
+    assert_same(weights_of(first, stage), weights_of(two, stage), tolerance=2e-3)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_changes_nothing(ray_cluster, tmp_path):
+    first, second = configs(tmp_path)
+    one = {"train": first.train.model_copy(update={"workers": "1"})}
+    first, second = first.model_copy(update=one), second.model_copy(update=one)
+    stage = pretrain(first, "s", cross_batch=True, seed=0)
+    stage.run(first, None)
+    stage.run(second, Breaks(tmp_path / "died", 5, "exit"))
+    assert (tmp_path / "died").exists()
+    assert_same(weights_of(first, stage), weights_of(second, stage))

@@ -10,11 +10,11 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, cast
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
 CHANNELS = ("DNA", "ER", "RNA", "AGP", "Mito")
 Channel = Literal["DNA", "ER", "RNA", "AGP", "Mito"]
@@ -449,7 +449,10 @@ def build_config(
         )
 
         @classmethod
-        def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> tuple[Any, ...]:
+        def settings_customise_sources(
+            cls, settings_cls: Any, init_settings: Any, env_settings: Any, dotenv_settings: Any, file_secret_settings: Any
+        ) -> tuple[Any, ...]:
+            # The environment decides where keys come from, never what is computed.
             return (init_settings,)
 
     parser = argparse.ArgumentParser(
@@ -462,7 +465,7 @@ def build_config(
     )
     values = _read_yaml(file)
     try:
-        source: PydanticBaseSettingsSource = CliSettingsSource(Job, root_parser=parser, cli_parse_args=list(overrides))
+        source: CliSettingsSource[Any] = CliSettingsSource(Job, root_parser=parser, cli_parse_args=list(overrides))
         job = Job(_cli_settings_source=source, **values)
     except ValidationError as error:
         raise ConfigError(_explain(error, model)) from None
@@ -471,7 +474,7 @@ def build_config(
 
 def dump_config(config: BaseModel) -> str:
     """Write a configuration as YAML that `--config` reads back."""
-    return cast(str, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def _read_yaml(file: str | None) -> dict[str, Any]:

@@ -280,7 +280,11 @@ def _pipeline(plates: Sequence[_Plate], bucket: Folder, store: TileStore, ingest
     """Run the Ray Data pipeline and give the rows of each shard as it is written."""
     work = _Work([ray.put(plate.sites) for plate in plates], bucket, store, ingest, dict(tables.pixel_sizes))
     names = [plate.name for plate in plates]
-    rows = ray.data.from_items([{"plate_number": i} for i in range(len(plates))], override_num_blocks=len(plates))
+    context = ray.data.DataContext.get_current().copy()
+    # So that a storage error arrives here with its own message.
+    context.raise_original_map_exception = True
+    with ray.data.DataContext.current(context):
+        rows = ray.data.from_items([{"plate_number": i} for i in range(len(plates))], override_num_blocks=len(plates))
     shards = rows.flat_map(partial(_measure, work, names), num_cpus=ingest.cpus_per_task)
     shards = shards.repartition(target_num_rows_per_block=1)
     sites = shards.map_batches(
@@ -416,6 +420,7 @@ class _Run:
         self.plates, self.store, self.max_bad_share, self.report = plates, store, max_bad_share, report
         self.progress = Progress(sum(plate.missing for plate in plates), len(plates))
         self.reasons: Counter[str] = Counter()
+        self.whole: list[_Plate] = []
         self.plates_before = len(before)
         self.bad_before = sum(int(facts["quarantined"]) for facts in before)
         self.sites_before = self.bad_before + sum(int(facts["tiles"]) for facts in before)
@@ -430,7 +435,6 @@ class _Run:
         self.reasons.update(bad)
         self.progress.quarantined += len(bad)
         self.progress.seconds = time.monotonic() - self.progress.started
-        self._judge()
         numbers = block["plate_number"].to_numpy()
         for number in np.unique(numbers):
             plate = self.plates[number]
@@ -438,7 +442,10 @@ class _Run:
             plate.arrived.append(rows)
             plate.missing -= rows.num_rows
             if plate.missing == 0:
-                self._finish(plate)
+                self.whole.append(plate)
+        if self._judge():
+            while self.whole:
+                self._finish(self.whole.pop())
         self.report(self.progress)
 
     def check_complete(self) -> None:
@@ -457,17 +464,18 @@ class _Run:
             address, done, self.plates_before, tiles, dict(self.reasons), self.progress.bytes_read, seconds, tuple(notes)
         )
 
-    def _judge(self) -> None:
-        """Stop the run where too much is broken."""
+    def _judge(self) -> bool:
+        """Stop the run where too much is broken; tell whether enough was seen to say that it is not."""
         bad, seen = self.bad_before + self.progress.quarantined, self.sites_before + self.progress.sites_done
         if seen < MIN_SITES_TO_JUDGE and self.progress.sites_done < self.progress.sites_total:
-            return
+            return False
         if bad > self.max_bad_share * seen:
             worst = "; ".join(f"{count} × {reason}" for reason, count in _worst(self.reasons)[:5])
             raise IngestError(
                 f"stopped: {bad} of the {seen} sites seen so far were quarantined, more than ingest.max_bad_share = "
                 f"{self.max_bad_share}: {worst}; mend the data, or raise the share to accept the loss"
             )
+        return True
 
     def _finish(self, plate: _Plate) -> None:
         """Write a plate's tables; from now on it counts."""

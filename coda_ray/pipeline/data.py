@@ -40,7 +40,7 @@ def held_out_plate(config: Config, source: str) -> str:
         When the configured plate is not there, or the source has a single plate.
     """
     plates = load_tiles(config, source).frame[["Metadata_Batch", "Metadata_Plate"]].drop_duplicates()
-    names = plates.sort_values(["Metadata_Batch", "Metadata_Plate"])["Metadata_Plate"].tolist()
+    names: list[str] = plates.sort_values(["Metadata_Batch", "Metadata_Plate"])["Metadata_Plate"].tolist()
     chosen = config.held_out.get(source, names[-1])
     if chosen not in names:
         raise DataError(f"held_out.{source} = {chosen!r}: no such plate; {source} has {', '.join(names)}")

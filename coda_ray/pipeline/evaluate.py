@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.collective import barrier
 from torch import Tensor
 
 from coda_ray.config import Config
@@ -70,7 +71,8 @@ def evaluate(config: Config, index: TileIndex, what: str, classifier: Stage, ada
 def predictions_of(config: Config, stage: Stage) -> pd.DataFrame:
     """Read the predictions of a finished evaluation: Metadata_ columns, `predicted`, and one probability per class."""
     data = open_place(config.results).read(f"{stage.path}/predictions.parquet")
-    return pq.read_table(io.BytesIO(data)).to_pandas()
+    frame: pd.DataFrame = pq.read_table(io.BytesIO(data)).to_pandas()
+    return frame
 
 
 def _make(
@@ -122,7 +124,7 @@ def evaluate_loop(config: Mapping[str, Any]) -> dict[str, Any]:
         columns = {"row": part.rows, "values": list(part.values)}
         run.folder.write(f"parts/{rank:03d}-{number:05d}.parquet", _parquet(pa.table(columns)))
     if world > 1:
-        ray.train.collective.barrier()
+        barrier()
     if rank:
         return {}
     return _join(run, begun)

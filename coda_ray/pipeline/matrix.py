@@ -234,7 +234,7 @@ class _Runner:
         low, _ = workers_of(train)
         if low == 0:
             return max(1, len(self.stages))
-        have = ray.cluster_resources()
+        have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         return max(1, min(int(have.get(name, 0) // (amount * low)) for name, amount in resources(train).items()))
 
 

@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from coda_ray.analysis.knn import knn_accuracy
 from coda_ray.config import Config, Granularity, Optimisation, steps_of
@@ -213,7 +215,7 @@ def _knn(
 ) -> dict[str, float]:
     """Score the teacher's CLS tokens by nearest neighbours: training tiles answer for the held-out plate."""
     classes = data.classes_of(config, source)
-    embedded = []
+    embedded: list[tuple[NDArray[np.float32], NDArray[np.int64]]] = []
     for index in (data.training_tiles(config, source).labelled(), data.held_out_tiles(config, source).labelled()):
         found = gather(
             infer(
@@ -227,8 +229,9 @@ def _knn(
                 precision=precision,
             )
         )
-        embedded += [found.values, data.label_codes(index, classes)[found.rows]]
-    return {"knn": knn_accuracy(*embedded, k=KNN_NEIGHBOURS)}
+        embedded.append((found.values, data.label_codes(index, classes)[found.rows]))
+    (bank, bank_labels), (queries, labels) = embedded
+    return {"knn": knn_accuracy(bank, bank_labels, queries, labels, k=KNN_NEIGHBOURS)}
 
 
 def _classify_work(config: Config, source: str, classes: list[str], seed: int, extractor: Stage | None) -> Work:

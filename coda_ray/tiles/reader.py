@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -60,40 +60,44 @@ class TileSource:
             `reason` (M,) str, empty where nothing failed.
         """
         anchors, partners = self.plan.rows(samples)
+        sides = [anchors] if partners is None else [anchors, partners]
+        images = np.zeros((len(sides), len(samples), len(self.index.channels), self.crop, self.crop), np.uint8)
         bad = np.zeros(len(samples), np.int32)
         reasons = np.full(len(samples), "", object)
-        shape = (len(samples), len(self.index.channels), self.crop, self.crop)
-        images = np.zeros((1 if partners is None else 2, *shape), np.uint8)
         todo = np.arange(len(samples))
         for attempt in range(REPLACEMENTS + 1):
-            sides = [anchors] if partners is None else [anchors, partners]
-            found = read_tiles(self.index, np.concatenate([side[todo] for side in sides]), self.crop)
-            failed = []
-            for place, sample in enumerate(todo):
-                mine = found[place :: len(todo)]
-                errors = [tile for tile in mine if isinstance(tile, Exception)]
-                if errors:
-                    failed.append(sample)
-                    bad[sample] += len(errors)
-                    reasons[sample] = str(errors[0])
-                else:
-                    for side, tile in enumerate(mine):
-                        images[side, sample] = tile
-            todo = np.array(failed, np.int64)
-            if not len(todo) or not self.replace or attempt == REPLACEMENTS:
+            if attempt:
+                others = self.plan.replacement(samples[todo], attempt - 1)
+                for side, other in zip(sides, others, strict=False):
+                    side[todo] = cast(Rows, other)
+            todo = self._fill(sides, todo, images, bad, reasons)
+            if not len(todo) or not self.replace:
                 break
-            anchors[todo], other = self.plan.replacement(samples[todo], attempt)
-            if partners is not None and other is not None:
-                partners[todo] = other
-        readable = np.ones(len(samples), bool)
-        readable[todo] = False
-        columns = {"sample": samples, "row": anchors, "replaced": bad, "readable": readable, "reason": reasons.astype(str)}
-        columns["tile"] = images[0]
-        if partners is not None:
-            columns["partner"] = images[1]
+        columns: dict[str, NDArray[Any]] = {"sample": samples, "row": anchors, "replaced": bad, "reason": reasons.astype(str)}
+        columns["readable"] = ~np.isin(np.arange(len(samples)), todo)
+        columns |= dict(zip(("tile", "partner"), images, strict=False))
         if self.labels is not None:
             columns["label"] = self.labels[anchors]
         return columns
+
+    def _fill(
+        self, sides: list[Rows], todo: Rows, images: NDArray[np.uint8], bad: NDArray[np.int32], reasons: NDArray[Any]
+    ) -> Rows:
+        """Read the samples at some places into `images`; count and note what fails, and return those places."""
+        found = read_tiles(self.index, np.concatenate([side[todo] for side in sides]), self.crop)
+        failed = []
+        for number, place in enumerate(todo):
+            errors = []
+            for side, tile in enumerate(found[number :: len(todo)]):
+                if isinstance(tile, Exception):
+                    errors.append(tile)
+                else:
+                    images[side, place] = tile
+            if errors:
+                failed.append(place)
+                bad[place] += len(errors)
+                reasons[place] = str(errors[0])
+        return np.array(failed, np.int64)
 
 
 def read_task(block: dict[str, NDArray[np.int64]], source: "list[ray.ObjectRef[TileSource]]") -> dict[str, NDArray[Any]]:

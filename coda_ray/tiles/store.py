@@ -117,7 +117,7 @@ class TileIndex:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of what the tiles are (content checksums and every Metadata_ column present)."""
-        columns = sorted(c for c in self.frame if str(c).startswith("Metadata_")) + ["shard", "row", "crc32"]
+        columns = sorted(name for name in map(str, self.frame) if name.startswith("Metadata_")) + ["shard", "row", "crc32"]
         digest = hashlib.sha256(json.dumps([self.channels, columns]).encode())
         for column in columns:
             digest.update("\x1f".join(map(str, self.frame[column].tolist())).encode())

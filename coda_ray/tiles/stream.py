@@ -6,7 +6,7 @@ tiles by ranged requests, and prefetching into mini-batches. Ray Data's back-pre
 
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -73,9 +73,8 @@ def minibatches(
         if last is not None:
             samples = samples[samples < last]
         dataset = _dataset(reference, samples, settings)
-        for columns in dataset.iter_batches(
-            batch_size=high - low, batch_format="numpy", prefetch_batches=settings.prefetch
-        ):
+        batches = dataset.iter_batches(batch_size=high - low, batch_format="numpy", prefetch_batches=settings.prefetch)
+        for columns in cast(Iterator[dict[str, NDArray[Any]]], batches):
             health.count(columns)
             yield {name: torch.from_numpy(columns[name].copy()) for name in columns if name != "reason"}
 
@@ -86,7 +85,7 @@ def _dataset(source: "ray.ObjectRef[TileSource]", samples: Rows, settings: Strea
     dataset = ray.data.from_numpy(blocks)
     dataset.context.execution_options.preserve_order = True
     return dataset.map_batches(
-        read_task,
+        cast(Any, read_task),
         fn_kwargs={"source": [source]},
         batch_size=None,
         batch_format="numpy",

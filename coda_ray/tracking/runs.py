@@ -86,7 +86,6 @@ class Tracker:
         history
             Log points of its adaptation, or None.
         """
-
         scored = dict(record)
 
         def send(store: RunStore) -> None:

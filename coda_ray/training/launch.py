@@ -1,7 +1,7 @@
 """Launching a worker loop with Ray Train: inside the calling process, or on a group of workers, elastic if asked."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 from fsspec.implementations.local import LocalFileSystem
@@ -52,15 +52,15 @@ def launch(loop: Loop, run: Any, train: Train, results: Folder) -> dict[str, Any
     low, high = workers_of(train)
     if high == 0:
         # Ray Train's local mode: the same loop in this process, a tenth of a second instead of a new process tree.
-        trainer = TorchTrainer(loop, train_loop_config={"run": run}, scaling_config=ScalingConfig(num_workers=0))
-        return dict(trainer.fit().return_value)
+        trainer = TorchTrainer(cast(Any, loop), train_loop_config={"run": run}, scaling_config=ScalingConfig(num_workers=0))
+        return _returned(trainer)
     name = f"run-{uuid4().hex[:12]}"
     state = results.child("ray")
     trainer = TorchTrainer(
-        loop,
+        cast(Any, loop),
         train_loop_config={"run": run},
         scaling_config=ScalingConfig(
-            num_workers=low if low == high else (low, high),
+            num_workers=low if low == high else cast(Any, (low, high)),
             use_gpu=train.gpus_per_worker > 0,
             resources_per_worker=resources(train),
         ),
@@ -72,9 +72,15 @@ def launch(loop: Loop, run: Any, train: Train, results: Folder) -> dict[str, Any
         ),
     )
     try:
-        return dict(trainer.fit().return_value)
+        return _returned(trainer)
     finally:
         state.delete(name)
+
+
+def _returned(trainer: TorchTrainer) -> dict[str, Any]:
+    """Run a trainer; take what rank 0's loop returned."""
+    result = cast(Any, trainer.fit())
+    return dict(result.return_value)
 
 
 def resources(train: Train) -> dict[str, float]:

@@ -1,8 +1,6 @@
 import logging
 import threading
 
-import pytest
-
 from coda_ray.tracking.outbox import Outbox, is_unreachable, one_line
 
 WAIT_S = 60.0
@@ -74,11 +72,8 @@ def test_an_answer_comes_back_unless_it_is_late_or_an_error():
 
 
 def test_a_wrapped_connection_error_is_recognised():
-    with pytest.raises(RuntimeError) as wrapped:
-        try:
-            raise ConnectionError("refused")
-        except ConnectionError:
-            raise RuntimeError("API request failed\nlong story")  # noqa: B904 (as MLflow does)
-    assert is_unreachable(wrapped.value)
-    assert one_line(wrapped.value) == "API request failed"
+    wrapped = RuntimeError("API request failed\nlong story")
+    wrapped.__context__ = ConnectionError("refused")  # as MLflow raises it
+    assert is_unreachable(wrapped)
+    assert one_line(wrapped) == "API request failed"
     assert not is_unreachable(ValueError("Changing param values is not allowed"))

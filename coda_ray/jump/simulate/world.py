@@ -64,7 +64,7 @@ TRAITS: dict[str, Trait] = {
     "vacuoles": Trait("shape", 0.04, 1.25, share=True),
     "er_level": Trait("er", 1.0, 0.38, cell_sd=0.45),
     "er_perinuclear": Trait("er", 0.40, 0.95, share=True),
-    "er_contrast": Trait("er", 0.22, 0.90, share=True),
+    "er_contrast": Trait("er", 0.17, 0.80, share=True),
     "er_scale_um": Trait("er", 3.0, 0.35),
     "rna_level": Trait("rna", 1.0, 0.35, cell_sd=0.45),
     "rna_nuclear": Trait("rna", 0.35, 0.85, share=True),
@@ -165,7 +165,7 @@ _INSTRUMENTS: tuple[tuple[str, bool, str, tuple[float, ...], tuple[float, float]
 
 
 # Labs differ in how their stains and cells look more than in how large and dense their cells are.
-_HABIT_SD = np.array([0.4 if trait.group in ("culture", "nucleus") or name == "cell_radius_um" else 0.9 for name, trait in TRAITS.items()])
+_HABIT_SD = np.array([0.4 if trait.group in ("culture", "nucleus") or name == "cell_radius_um" else 1.3 for name, trait in TRAITS.items()])
 
 
 def optics(settings: SimulateSettings, source: str) -> Optics:
@@ -173,7 +173,7 @@ def optics(settings: SimulateSettings, source: str) -> Optics:
     rng = generator(settings.seed, "optics", source)
     index = settings.sources.index(source)
     name, confocal, light, apertures, sizes = _INSTRUMENTS[index % len(_INSTRUMENTS)]
-    haze = rng.uniform(0.05, 0.30) if confocal else rng.uniform(0.50, 0.75)
+    haze = rng.uniform(0.05, 0.40) if confocal else rng.uniform(0.50, 0.75)
     full_scale = int(rng.choice([4095, 65535])) if confocal else 65535
     gains = np.array([0.070, 0.26, 0.21, 0.11, 0.22]) * np.exp(rng.normal(0, 0.35, 5)) * full_scale
     # RNA and AGP dyes overlap most, then ER into RNA: their filters are close or, in some labs, the same.
@@ -189,11 +189,11 @@ def optics(settings: SimulateSettings, source: str) -> Optics:
         haze=tuple(float(v) for v in np.clip(haze * np.array([0.6, 1, 1, 0.9, 1]) * rng.uniform(0.85, 1.15, 5), 0, 0.8)),
         haze_um=(float(rng.uniform(3.0, 5.0)), float(rng.uniform(10.0, 20.0))),
         gain=tuple(float(v) for v in gains),
-        gamma=float(np.exp(rng.uniform(-0.45, 0.45))),
+        gamma=float(np.exp(rng.uniform(-0.5, 0.5))),
         offset=tuple(float(v) for v in full_scale * rng.uniform(0.003, 0.012, 5)),
         bleed=tuple((a, b, float(v)) for a, b, v in bleed),
-        counts_per_photon=full_scale / float(np.exp(rng.uniform(np.log(1_500), np.log(25_000)))),
-        read_noise=full_scale * float(rng.uniform(0.0004, 0.0012)),
+        counts_per_photon=full_scale / float(np.exp(rng.uniform(np.log(15_000), np.log(300_000)))),
+        read_noise=full_scale * float(np.exp(rng.uniform(np.log(0.0001), np.log(0.0008)))),
         full_scale=full_scale,
         vignetting=float(rng.uniform(0.10, 0.40)),
         golgi_share=float(rng.uniform(0.25, 0.75)),

@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ["jobs", "pipeline", "tracking", "training", "analysis", "learn", "jump", "tiles", "storage", "config"]
-# cluster starts Ray; it knows nothing of the rooms.
-FREE = {"cluster"}
+# They start Ray and show progress, and know nothing of the rooms.
+FREE = {"cluster", "progress"}
 
 
 def room_of(path: Path) -> str:

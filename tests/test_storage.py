@@ -31,11 +31,13 @@ def served(tmp_path_factory):
 @pytest.fixture(params=["folder", "anonymous", "keys"])
 def place(request, served, tmp_path):
     """An empty place of each kind."""
-    folder, open_url, keyed_url = served
+    _folder, open_url, keyed_url = served
     if request.param == "folder":
         return Place(address=str(tmp_path / "deep" / "er"))
     url = open_url if request.param == "anonymous" else keyed_url
-    return Place(address=f"s3://bucket/{tmp_path.name}", endpoint_url=url, anonymous=request.param == "anonymous", region="us-east-1")
+    return Place(
+        address=f"s3://bucket/{tmp_path.name}", endpoint_url=url, anonymous=request.param == "anonymous", region="us-east-1"
+    )
 
 
 def test_what_is_written_is_read(place):
@@ -138,7 +140,7 @@ def test_a_range_that_fails_once_is_read_again(tmp_path, monkeypatch):
 
 
 def test_only_s3_and_folders_are_known():
-    with pytest.raises(ValueError, match="gs://bucket.*only s3"):
+    with pytest.raises(ValueError, match=r"gs://bucket.*only s3"):
         open_place(Place(address="gs://bucket"))
 
 

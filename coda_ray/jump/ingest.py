@@ -31,6 +31,8 @@ from coda_ray.jump.tables import ANNOTATIONS, Tables, annotate, choose_plates, r
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import INDEX_SCHEMA, QUARANTINE_SCHEMA, TileStore
 
+# Notes that a summary prints; `plate.json` of each plate holds its own.
+_NOTES_SHOWN = 20
 # Sites after which the share of quarantined ones is judged during the run.
 MIN_SITES_TO_JUDGE = 20
 # What a render task hands back per site: an index row, or a quarantine row where `reason` is set. The facts of a plate
@@ -104,7 +106,7 @@ class IngestSummary:
         """Several lines for people."""
         if not self.plates:
             head = [f"nothing to do: all {self.plates_before} plates are in {self.store}"]
-            return "\n".join(head + [f"note: {note}" for note in self.notes])
+            return "\n".join(head + self._note_lines())
         took = max(self.seconds, 1e-9)
         bad = sum(self.quarantined.values())
         sites = self.tiles + bad
@@ -116,7 +118,13 @@ class IngestSummary:
             lines.append(f"{self.plates_before} plates were finished before")
         lines.append(f"{bad} sites quarantined" + (":" if bad else ""))
         lines += [f"  {count:6d}  {reason}" for reason, count in _worst(self.quarantined)]
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        return "\n".join(lines + self._note_lines())
+
+    def _note_lines(self) -> list[str]:
+        """Give the first of many notes, a line each."""
+        lines = [f"note: {note}" for note in self.notes[:_NOTES_SHOWN]]
+        more = len(self.notes) - len(lines)
+        return lines + ([f"{more} further notes are in the plate.json files of the store"] if more else [])
 
 
 @dataclass
@@ -300,7 +308,8 @@ def _cause(error: BaseException) -> str:
     """Message of the innermost error."""
     while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
         error = inner
-    return f"{type(error).__name__}: {error}"
+    # Ray Data appends advice about its own retries.
+    return f"{type(error).__name__}: {error}".partition("\nFailed to ")[0]
 
 
 def _factor(ingest: Ingest, raw_um: float | None) -> float:

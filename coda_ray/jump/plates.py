@@ -162,6 +162,7 @@ def measure_plate(
     """
     facts = PlateFacts()
     functions = IlluminationFunctions(bucket, store, plate)
+    estimated: list[str] = []
     with ThreadPoolExecutor(ingest.threads) as pool:
         for channel in ingest.channels:
             images = _sample_images(sites, plate, channel, bucket, ingest.plate_sample, pool)
@@ -174,12 +175,14 @@ def measure_plate(
             facts.illumination[channel] = _choose_illumination(listed, channel, functions, facts.notes)
             if ESTIMATE in facts.illumination[channel].values() and kept:
                 functions.write_estimate(channel, estimate_illumination(kept.values()))
-                facts.notes.append(f"illumination of {channel} estimated from {len(kept)} sites")
+                estimated.append(f"{channel} from {len(kept)} sites")
             uses = {row: facts.illumination[channel][listed[row]] for row in kept}
             corrected = _corrected(kept, uses, channel, functions, factor)
             pixels = [image.ravel() for image in corrected]
             if pixels:
                 facts.caps[channel] = float(np.percentile(np.concatenate(pixels), ingest.plate_percentile))
+    if estimated:
+        facts.notes.append(f"illumination estimated: {', '.join(estimated)}")
     return facts
 
 
@@ -223,8 +226,8 @@ def _choose_illumination(
             usable.append(address)
         except BadImageError as error:
             notes.append(f"{channel}: {error}: {address}")
-    if "" in addresses:
-        notes.append(f"{channel}: no illumination file is listed")
+    if "" in addresses and usable:
+        notes.append(f"{channel}: rows without an illumination file take {usable[0]}")
     instead = usable[0] if usable else ESTIMATE
     return {address: address if address in usable else instead for address in addresses}
 

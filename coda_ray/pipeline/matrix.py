@@ -43,6 +43,8 @@ class Outcome:
         Tidy table of every score and granularity.
     heatmaps
         Addresses of the pictures.
+    unscored
+        Title and address of the predictions and embeddings of tiles that have no MoA label.
     ui_hint
         How to look at the runs in MLflow.
     """
@@ -50,6 +52,7 @@ class Outcome:
     transfers: pd.DataFrame
     matrix: pd.DataFrame
     heatmaps: list[str]
+    unscored: dict[str, str]
     ui_hint: str | None = None
 
 
@@ -98,8 +101,8 @@ def run_transfers(
         "name": name,
         "command": command,
         "config": config.model_dump(mode="json"),
-        "transfers": [transfer.key for transfer in transfers],
-        "stages": [stage.path for stage in stages if stage.kind in ("pretrain", "classify")],
+        "transfers": [transfer.key for transfer in transfers if len(transfer.index)],
+        "stages": [stage.path for stage in stages if stage.kind in ("pretrain", "classify", "adapt")],
     }
     results.write(f"jobs/{job['key']}.json", json.dumps(job, indent=1).encode())
     tracker = Tracker.open(config.tracking, results)
@@ -110,6 +113,9 @@ def run_transfers(
         table = compile_transfers(results)
         outcome = _tables(results, job, table, tracker)
         outcome.ui_hint = tracker.ui_hint
+        for transfer in transfers:
+            if not len(transfer.index):
+                outcome.unscored[transfer.evaluation.title] = results.address(transfer.evaluation.path)
     finally:
         tracker.close()
     if failures:
@@ -125,7 +131,9 @@ def _tables(results: Folder, job: dict[str, Any], table: pd.DataFrame, tracker: 
     """Tabulate and draw a job's transfers."""
     own = table[table["key"].isin(job["transfers"])].reset_index(drop=True)
     if own.empty:
-        return Outcome(own, own, [])
+        if not job["transfers"]:
+            tracker.finish_job(job)
+        return Outcome(own, own, [], {})
     matrix = job_matrix(table, job)
     folder = f"jobs/{job['key']}"
     results.write(f"{folder}/matrix.csv", matrix.to_csv(index=False).encode())
@@ -133,7 +141,7 @@ def _tables(results: Folder, job: dict[str, Any], table: pd.DataFrame, tracker: 
     for name, figure in figures.items():
         results.write(f"{folder}/{name}.png", figure_png(figure))
     tracker.finish_job(job, matrix, figures)
-    return Outcome(own, matrix, [results.address(f"{folder}/{name}.png") for name in figures])
+    return Outcome(own, matrix, [results.address(f"{folder}/{name}.png") for name in figures], {})
 
 
 class _Runner:
@@ -154,7 +162,7 @@ class _Runner:
         self.trained: dict[str, list[Transfer]] = defaultdict(list)
         for transfer in transfers:
             self.scored[transfer.evaluation.key].append(transfer)
-            if transfer.trained:
+            if transfer.trained and len(transfer.index):
                 self.trained[transfer.trained.key].append(transfer)
         self.running: dict[ray.ObjectRef[dict[str, Any]], Stage] = {}
         self.references: dict[str, ray.ObjectRef[dict[str, Any]]] = {}
@@ -199,9 +207,7 @@ class _Runner:
         if of_transfer:
             transfer = of_transfer[0]
             return self.tracker.live({**transfer.identity, "key": transfer.key})
-        if stage.kind in ("pretrain", "classify"):
-            return self.tracker.live_stage(stage.title, stage.key)
-        return None
+        return None if stage.kind == "evaluate" else self.tracker.live_stage(stage.title, stage.key)
 
     def _wait(self) -> None:
         """Take the next stage that ends."""
@@ -221,7 +227,7 @@ class _Runner:
 
     def _score(self, stage: Stage) -> None:
         """Send a finished stage's curve, and score the transfers that it answers for."""
-        if stage.kind in ("pretrain", "classify"):
+        if stage.kind != "evaluate" and stage.key not in self.trained:
             self.tracker.stage(stage.title, stage.key, read_history(self.results, stage.path))
         wanted = self.scored.get(stage.key, [])
         for record in score(self.config, self.results, wanted):

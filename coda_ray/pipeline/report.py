@@ -20,6 +20,8 @@ from coda_ray.tracking.table import render_matrix, select
 
 # Columns where the output is no terminal.
 WIDTH = 150
+# Transfers that are worth a row each on the screen.
+MOST_ROWS = 60
 SHORT = {"accuracy": "acc", "macro_f1": "F1", "well_accuracy": "well acc", "well_macro_f1": "well F1"}
 
 
@@ -63,10 +65,13 @@ def run_job(config: Config, requests: Sequence[Request], *, kind: str, name: str
 
 def _show(console: Console, config: Config, outcome: Outcome) -> None:
     """Print the tables and where everything is."""
-    if len(outcome.transfers) <= 60:
+    if 0 < len(outcome.transfers) <= MOST_ROWS:
         console.print(transfers_table(outcome.transfers))
-    for granularity in outcome.matrix["granularity"].unique():
-        console.print(render_matrix(select(outcome.matrix, "accuracy", granularity)))
+    if len(outcome.matrix):
+        for granularity in outcome.matrix["granularity"].unique():
+            console.print(render_matrix(select(outcome.matrix, "accuracy", granularity)))
+    for title, address in outcome.unscored.items():
+        console.print(f"no MoA labels, so no score: {title}: {address}", soft_wrap=True, highlight=False)
     results = open_place(config.results)
     console.print(f"transfers: {results.address('transfers.parquet')}", soft_wrap=True, highlight=False)
     for address in outcome.heatmaps:

@@ -44,7 +44,7 @@ class Transfer:
     trained
         The adaptation that made the model; None for an unadapted one.
     index
-        The labelled tiles that count.
+        The labelled tiles that count; none where the target has no labels, and then there is no score.
     classes
         MoA labels, in the order of the classifier.
     """
@@ -103,7 +103,7 @@ def plan(config: Config, request: Request) -> list[Transfer]:
             inside = labelled.unit(granularity, unit)
             found.append(_transfer(request, model, granularity, unit, "adapted", base, None, inside))
             found.append(_transfer(request, request.method, granularity, unit, "adapted", after, adapted, inside))
-    return [transfer for transfer in found if len(transfer.index)]
+    return found
 
 
 def stages_of(transfers: Iterable[Transfer]) -> list[Stage]:
@@ -124,6 +124,8 @@ def stages_of(transfers: Iterable[Transfer]) -> list[Stage]:
 def score(config: Config, results: Folder, transfers: Iterable[Transfer]) -> Iterator[dict[str, Any]]:
     """Score the transfers of one finished evaluation; labels are read here and nowhere before.
 
+    Transfers without a labelled tile are passed over.
+
     Yields
     ------
     dict
@@ -131,6 +133,8 @@ def score(config: Config, results: Folder, transfers: Iterable[Transfer]) -> Ite
     """
     table, evaluation = None, ""
     for transfer in transfers:
+        if not len(transfer.index):
+            continue
         if table is None or transfer.evaluation.key != evaluation:
             table, evaluation = predictions_of(config, transfer.evaluation).set_index(TILE_ID), transfer.evaluation.key
         frame = transfer.index.frame

@@ -60,7 +60,9 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
     # A later job takes over the transfers and stages that it shares with an earlier one.
     job_of = {key: job["key"] for job in jobs for key in job["transfers"]}
     stage_job = {path: job["key"] for job in jobs for path in job["stages"]}
-    stages = [path for path in sorted(stage_job) if not path.startswith("adapt/")]
+    # The curve of a scored adaptation is on its transfers.
+    on_transfers = {record["history"] for record in transfers}
+    stages = [path for path in sorted(stage_job) if path not in on_transfers]
     done, total = 0, len(jobs) + len(transfers) + len(stages)
 
     def advance() -> None:
@@ -105,8 +107,9 @@ def _send_stage(results: Folder, store: RunStore, path: str, parent: str) -> boo
 
 def _finish(store: RunStore, job: Mapping[str, Any], frame: pd.DataFrame) -> None:
     """Put a job's matrix on its run; a job that did not get to its end stays as it is."""
-    if not job["transfers"] or not set(job["transfers"]) <= set(frame["key"]):
+    if not set(job["transfers"]) <= set(frame["key"]):
         return
-    matrix = job_matrix(frame, job)
-    figures = matrix_figures(matrix) if len(matrix) else {}
+    # A target without labels has no scores, and then there is nothing to tabulate.
+    matrix = job_matrix(frame, job) if job["transfers"] else None
+    figures = {} if matrix is None else matrix_figures(matrix)
     store.finish_job(job, matrix, {name: figure_png(figure) for name, figure in figures.items()})

@@ -87,8 +87,10 @@ def test_columns_of_another_order_more_columns_and_numbers_are_tolerated():
 
 
 def test_slashes_between_path_and_file_are_normalised():
-    table = rows().iloc[:, :5].assign(
-        PathName_OrigDNA=["s3://b/p/", "s3://b/p"], FileName_OrigDNA=["1.tiff", "/2.tiff"], PathName_OrigER="s3://b/p"
+    table = (
+        rows()
+        .iloc[:, :5]
+        .assign(PathName_OrigDNA=["s3://b/p/", "s3://b/p"], FileName_OrigDNA=["1.tiff", "/2.tiff"], PathName_OrigER="s3://b/p")
     )
     got = parse_image_list(csv(table), "list", ["DNA", "ER"])
     assert got["Orig_DNA"].tolist() == ["s3://b/p/1.tiff", "s3://b/p/2.tiff"]

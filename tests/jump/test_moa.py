@@ -54,7 +54,10 @@ def small(**changes):
     cores = ["BRD-K00000001", "BRD-K00000002", "BRD-K00000003", "BRD-K00000004"]
     tables = {
         "platemap": pd.DataFrame(
-            {"well_position": ["A01", "A02", "A03", "A04", "A05", "B01"], "broad_sample": [*(f"{c}-001-01-9" for c in cores), None, f"{cores[0]}-001-01-9"]}
+            {
+                "well_position": ["A01", "A02", "A03", "A04", "A05", "B01"],
+                "broad_sample": [*(f"{c}-001-01-9" for c in cores), None, f"{cores[0]}-001-01-9"],
+            }
         ),
         "samples": pd.DataFrame({"broad_sample": [f"{c}-001-01-9" for c in cores], "InChIKey": ["K1", "K2", "K3", "K4"]}),
         "hub_drugs": pd.DataFrame(
@@ -80,7 +83,7 @@ def test_two_wells_of_one_sample_are_not_two_samples():
 
 def test_a_sample_with_two_mechanisms_is_refused():
     hub = pd.DataFrame({"broad_id": ["BRD-K00000001-001-02-2"] * 2, "pert_iname": ["a", "c"]})
-    with pytest.raises(ValueError, match="two mechanisms for one sample.*BRD-K00000001"):
+    with pytest.raises(ValueError, match=r"two mechanisms for one sample.*BRD-K00000001"):
         small(hub_samples=hub)
 
 

@@ -150,15 +150,15 @@ def test_a_trait_shows_in_its_channel(photograph: Callable[..., Any], trait: str
 
 
 def test_sources_differ_in_sharpness(photograph: Callable[..., Any]) -> None:
-    sharp = photograph(haze=(0.05,) * 5, depth_um=0.5)[0].astype(float)
-    hazy = photograph(haze=(0.7,) * 5, depth_um=6.0)[0].astype(float)
+    sharp = photograph(haze=(0.05,) * 5, depth_um=0.5, counts_per_photon=0.1)[0].astype(float)
+    hazy = photograph(haze=(0.7,) * 5, depth_um=6.0, counts_per_photon=0.1)[0].astype(float)
     assert np.abs(np.diff(sharp)).mean() / sharp.std() > np.abs(np.diff(hazy)).mean() / hazy.std()
 
 
 def test_an_empty_field_is_black() -> None:
     people = draw_population(np.random.default_rng(0), np.full(len(NAMES), -30.0), np.zeros(len(NAMES)), 60.0)
     assert len(people.cells.x) == 0
-    assert not render(np.random.default_rng(0), people, 64, 1.0, 0.5).any()
+    assert not render(np.random.default_rng(0), people, 64, 1.0, 0.5, [0.0] * 5).any()
 
 
 def test_plates_of_the_demo() -> None:

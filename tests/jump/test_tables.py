@@ -139,5 +139,5 @@ def test_a_choice_that_is_not_there_names_the_option(real_tables, choice, messag
 
 
 def test_no_plate_table_says_what_to_give(tmp_path):
-    with pytest.raises(ValueError, match="metadata.address"):
+    with pytest.raises(ValueError, match=r"metadata\.address"):
         choose_plates(read_tables(open_place(Place(address=str(tmp_path)))).plates, [], [], [])

@@ -73,8 +73,8 @@ def simulate_site(
     base = np.asarray(scope.habit) + np.asarray(batch.passage)
     base = base + plate_rng.normal(0, 0.08, len(NAMES)) + well_rng.normal(0, 0.12, len(NAMES))
     stain = np.exp(plate_rng.normal(0, 0.05, 5) + well_rng.normal(0, 0.10, 5))
-    people = draw_population(rng, base, effect, settings.field_px * scope.pixel_um)
-    ideal = render(rng, people, settings.field_px, scope.pixel_um, scope.golgi_share)
+    people = draw_population(rng, base, effect * np.asarray(scope.response), settings.field_px * scope.pixel_um)
+    ideal = render(rng, people, settings.field_px, scope.pixel_um, scope.golgi_share, scope.unspecific)
     return expose(rng, ideal, scope, batch, light, stain)
 
 

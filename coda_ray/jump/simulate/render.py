@@ -4,6 +4,7 @@ Each pixel learns its cell, its place in that cell's own frame and its distance 
 formula over those maps, evaluated for the whole field at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -265,7 +266,14 @@ def _mito(m: _Maps) -> Image:
     return t["mito_level"] * m.body * m.height**0.8 * m.vacuoles * (1 - 0.55 * m.nucleus) * tissue * place
 
 
-def render(rng: np.random.Generator, people: Population, field_px: int, pixel_um: float, golgi_share: float) -> Image:
+def render(
+    rng: np.random.Generator,
+    people: Population,
+    field_px: int,
+    pixel_um: float,
+    golgi_share: float,
+    unspecific: Sequence[float],
+) -> Image:
     """Draw a population in five stains.
 
     Parameters
@@ -278,6 +286,8 @@ def render(rng: np.random.Generator, people: Population, field_px: int, pixel_um
         Side of the field (px) and of a pixel (µm).
     golgi_share
         Share of the Golgi and membrane stain in AGP, 0 to 1; the rest is actin.
+    unspecific
+        Share of each stain, 0 to 1, that colours the whole cell by its thickness, five values.
 
     Returns
     -------
@@ -287,5 +297,8 @@ def render(rng: np.random.Generator, people: Population, field_px: int, pixel_um
     if len(people.cells.x) == 0:
         return np.zeros((5, field_px, field_px), dtype=np.float32)
     maps = _maps(rng, people, field_px, pixel_um)
-    stains = [_dna(maps), _er(maps), _rna(maps), _agp(maps, golgi_share), _mito(maps)]
+    specific = [_dna(maps), _er(maps), _rna(maps), _agp(maps, golgi_share), _mito(maps)]
+    bulk = maps.body * maps.height * maps.vacuoles
+    levels = [1.0, *(maps.trait[f"{stain}_level"] for stain in ("er", "rna", "agp", "mito"))]
+    stains = [(1 - u) * own + u * level * bulk for own, level, u in zip(specific, levels, unspecific, strict=True)]
     return np.stack(stains).astype(np.float32)

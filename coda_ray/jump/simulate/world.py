@@ -130,7 +130,7 @@ def compound_effects(settings: SimulateSettings) -> Floats:
 
 @dataclass(frozen=True)
 class Optics:
-    """A source: its microscope, its camera, its staining, and how its cells look untreated.
+    """A source: its microscope, camera and staining, how its cells look untreated and how strongly they respond.
 
     Tuples over channels are in the order DNA, ER, RNA, AGP, Mito.
     """
@@ -152,7 +152,9 @@ class Optics:
     full_scale: int
     vignetting: float
     golgi_share: float
+    unspecific: tuple[float, ...]
     habit: tuple[float, ...]
+    response: tuple[float, ...]
 
 
 # Microscope, confocal, light source, numerical apertures and pixel sizes found among the sources of JUMP
@@ -165,7 +167,7 @@ _INSTRUMENTS: tuple[tuple[str, bool, str, tuple[float, ...], tuple[float, float]
 
 
 # Labs differ in how their stains and cells look more than in how large and dense their cells are.
-_HABIT_SD = np.array([0.4 if trait.group in ("culture", "nucleus") or name == "cell_radius_um" else 1.3 for name, trait in TRAITS.items()])
+_HABIT_SD = np.array([0.6 if trait.group in ("culture", "nucleus") or name == "cell_radius_um" else 1.3 for name, trait in TRAITS.items()])
 
 
 def optics(settings: SimulateSettings, source: str) -> Optics:
@@ -178,7 +180,7 @@ def optics(settings: SimulateSettings, source: str) -> Optics:
     gains = np.array([0.070, 0.26, 0.21, 0.11, 0.22]) * np.exp(rng.normal(0, 0.35, 5)) * full_scale
     # RNA and AGP dyes overlap most, then ER into RNA: their filters are close or, in some labs, the same.
     bleed = ((2, 3, rng.uniform(0.05, 0.35)), (3, 2, rng.uniform(0.05, 0.45)), (1, 2, rng.uniform(0.05, 0.40)))
-    bleed += ((2, 1, rng.uniform(0.0, 0.50)), (3, 4, rng.uniform(0.0, 0.50)), (1, 0, rng.uniform(0.0, 0.15)))
+    bleed += ((2, 1, rng.uniform(0.0, 0.60)), (3, 4, rng.uniform(0.0, 0.60)), (1, 0, rng.uniform(0.0, 0.15)))
     return Optics(
         microscope=name,
         confocal=confocal,
@@ -192,12 +194,14 @@ def optics(settings: SimulateSettings, source: str) -> Optics:
         gamma=float(np.exp(rng.uniform(-0.5, 0.5))),
         offset=tuple(float(v) for v in full_scale * rng.uniform(0.003, 0.012, 5)),
         bleed=tuple((a, b, float(v)) for a, b, v in bleed),
-        counts_per_photon=full_scale / float(np.exp(rng.uniform(np.log(15_000), np.log(300_000)))),
+        counts_per_photon=full_scale / float(np.exp(rng.uniform(*np.log((5_000, 80_000) if confocal else (30_000, 300_000))))),
         read_noise=full_scale * float(np.exp(rng.uniform(np.log(0.0001), np.log(0.0008)))),
         full_scale=full_scale,
         vignetting=float(rng.uniform(0.10, 0.40)),
-        golgi_share=float(rng.uniform(0.25, 0.75)),
+        golgi_share=float(rng.uniform(0.1, 0.9)),
+        unspecific=tuple(float(v) for v in rng.uniform(0, [0.15, 0.7, 0.6, 0.6, 0.7])),
         habit=tuple(float(v) for v in rng.normal(0, 1, len(NAMES)) * _HABIT_SD),
+        response=tuple(float(v) for v in np.exp(rng.normal(0, 0.3, len(NAMES)))),
     )
 
 
@@ -233,7 +237,7 @@ def describe(record: Optics | Batch) -> dict[str, Any]:
     """A draw as plain values for simulation.json, channels and traits by name."""
     values = asdict(record)
     for key, value in values.items():
-        if key in ("habit", "passage"):
+        if key in ("habit", "passage", "response"):
             values[key] = dict(zip(NAMES, value, strict=True))
         elif key == "bleed":
             values[key] = {f"{CHANNELS[a]}->{CHANNELS[b]}": share for a, b, share in value}

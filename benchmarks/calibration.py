@@ -176,7 +176,7 @@ def draw(path: Path, rows: Mapping[str, tuple[Field, float]], side_um: float = 2
     axes[0, 0].text(side_um - 37, side_um - 22, "50 µm", color="white", ha="center", va="bottom", fontsize=7)
     figure.tight_layout(pad=0.4)
     path.parent.mkdir(parents=True, exist_ok=True)
-    
+
     figure.savefig(path, dpi=90, pil_kwargs={"optimize": True})
     plt.close(figure)
 

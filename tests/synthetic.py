@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
 from coda_ray.config import Config, Place
 from coda_ray.jump.prepare import preparation_of
 from coda_ray.storage import open_place

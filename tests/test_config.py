@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import yaml
+
 from coda_ray.config import Config, ConfigError, build_config, dump_config, parse_job, steps_of
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from synthetic import small_config, write_tiles
 
 from coda_ray.config import dump_config
+from synthetic import small_config, write_tiles
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = sorted(path.name for path in (ROOT / "jobs").glob("*.py"))
@@ -119,7 +119,15 @@ def head(tmp_path):
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     port, dashboard = free_port(), free_port()
-    command = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    command = [
+        "ray",
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+        f"--dashboard-port={dashboard}",
+        "--dashboard-host=127.0.0.1",
+    ]
     command += ["--num-cpus=4", "--node-ip-address=127.0.0.1", "--disable-usage-stats", "--object-store-memory=500000000"]
     log = (tmp_path / "head.log").open("w")
     node = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)

@@ -45,7 +45,9 @@ def held_out_plate(config: Config, source: str) -> str:
     if chosen not in names:
         raise DataError(f"held_out.{source} = {chosen!r}: no such plate; {source} has {', '.join(names)}")
     if len(names) == 1:
-        raise DataError(f"{source} has the single plate {chosen!r}, which is held out: nothing is left to train on; ingest more plates")
+        raise DataError(
+            f"{source} has the single plate {chosen!r}, which is held out: nothing is left to train on; ingest more plates"
+        )
     return chosen
 
 

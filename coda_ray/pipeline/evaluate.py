@@ -130,9 +130,7 @@ def evaluate_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     return _join(run, begun)
 
 
-def load_model(
-    config: Config, classifier: Stage, adapted: Stage | None, channels: int
-) -> SupervisedModel | DualModel:
+def load_model(config: Config, classifier: Stage, adapted: Stage | None, channels: int) -> SupervisedModel | DualModel:
     """Load the model of a classifier stage, with an adapted feature extractor where one is given."""
     classes = classifier.inputs["classes"]
     random = config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})})
@@ -172,7 +170,9 @@ def _join(run: EvaluationRun, begun: float) -> dict[str, Any]:
         run.folder.write(f"{name}.parquet", _parquet(frame))
     facts = {"tiles": len(rows), "unreadable": len(run.index) - len(rows), "seconds": round(time.monotonic() - begun, 3)}
     if facts["unreadable"]:
-        print(f"{run.title}: {facts['unreadable']} of {len(run.index)} tiles could not be read and have no prediction", flush=True)
+        print(
+            f"{run.title}: {facts['unreadable']} of {len(run.index)} tiles could not be read and have no prediction", flush=True
+        )
     run.folder.write("done.json", json.dumps(facts, indent=1).encode())
     run.folder.delete("parts")
     return facts

@@ -96,7 +96,9 @@ def run_transfers(
     transfers = list({t.key: t for request in requests for t in plan(config, request)}.values())
     stages = stages_of(transfers)
     job: dict[str, Any] = {
-        "key": content_key({"kind": kind, "requests": [vars(request) for request in requests], "stages": [s.key for s in stages]}),
+        "key": content_key(
+            {"kind": kind, "requests": [vars(request) for request in requests], "stages": [s.key for s in stages]}
+        ),
         "kind": kind,
         "name": name,
         "command": command,

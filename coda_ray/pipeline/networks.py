@@ -28,9 +28,7 @@ def dino_objective(config: Config, *, channels: int, steps: int, steps_per_epoch
     dino = config.dino
     backbone = build_vit(vit_spec(config, channels), drop_path=dino.drop_path)
     initialise(backbone, config.model.init)
-    head = DinoHead(
-        backbone.embed_dim, hidden=dino.head_hidden, bottleneck=dino.head_bottleneck, out_dim=dino.out_dim
-    )
+    head = DinoHead(backbone.embed_dim, hidden=dino.head_hidden, bottleneck=dino.head_bottleneck, out_dim=dino.out_dim)
     schedule = DinoSchedule(
         steps=steps,
         ema_start=dino.ema_start,

@@ -94,9 +94,7 @@ def classify(config: Config, source: str, *, seed: int, extractor: Stage | None)
     return Stage("classify", title, inputs, make, (extractor,) if extractor else ())
 
 
-def adapt(
-    config: Config, pretrained: Stage, target: str, *, granularity: Granularity, unit: str, seed: int
-) -> Stage:
+def adapt(config: Config, pretrained: Stage, target: str, *, granularity: Granularity, unit: str, seed: int) -> Stage:
     """Plan label-free adaptation of the feature extractor to one unit of a target (CODA, section 3).
 
     Student, teacher and both heads continue from the pre-training; optimizer, schedules and centre start anew. With a
@@ -210,9 +208,7 @@ def _dino_work(
     return Work(objective, source, networks.collapse_guard(config), monitor)
 
 
-def _knn(
-    config: Config, source: str, objective: DinoObjective, device: torch.device, precision: Precision
-) -> dict[str, float]:
+def _knn(config: Config, source: str, objective: DinoObjective, device: torch.device, precision: Precision) -> dict[str, float]:
     """Score the teacher's CLS tokens by nearest neighbours: training tiles answer for the held-out plate."""
     classes = data.classes_of(config, source)
     embedded: list[tuple[NDArray[np.float32], NDArray[np.int64]]] = []
@@ -237,9 +233,7 @@ def _knn(
 def _classify_work(config: Config, source: str, classes: list[str], seed: int, extractor: Stage | None) -> Work:
     """Build the labelled stage on the worker."""
     index = data.training_tiles(config, source).labelled()
-    model = networks.classifier_model(
-        config, channels=len(index.channels), classes=len(classes), dual=extractor is not None
-    )
+    model = networks.classifier_model(config, channels=len(index.channels), classes=len(classes), dual=extractor is not None)
     if extractor is not None and isinstance(model, DualModel):
         model.replace_extractor(teacher_of(stage_tensors(config, extractor)))
     plan = SamplePlan(seed, data.unlabelled(index).anchors)

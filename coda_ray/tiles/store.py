@@ -117,7 +117,7 @@ class TileIndex:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of what the tiles are (content checksums and every Metadata_ column present)."""
-        columns = sorted(name for name in map(str, self.frame) if name.startswith("Metadata_")) + ["shard", "row", "crc32"]
+        columns = [*sorted(name for name in map(str, self.frame) if name.startswith("Metadata_")), "shard", "row", "crc32"]
         digest = hashlib.sha256(json.dumps([self.channels, columns]).encode())
         for column in columns:
             digest.update("\x1f".join(map(str, self.frame[column].tolist())).encode())
@@ -188,9 +188,7 @@ class TileStore:
             }
         )
 
-    def finish_plate(
-        self, plate_path: str, index: pd.DataFrame, quarantine: pd.DataFrame, facts: Mapping[str, Any]
-    ) -> None:
+    def finish_plate(self, plate_path: str, index: pd.DataFrame, quarantine: pd.DataFrame, facts: Mapping[str, Any]) -> None:
         """Write a plate's tables, and `plate.json` last, which makes the plate count."""
         self.folder.write(f"{plate_path}/index.parquet", _parquet(index, INDEX_SCHEMA))
         self.folder.write(f"{plate_path}/quarantine.parquet", _parquet(quarantine, QUARANTINE_SCHEMA))

@@ -114,7 +114,7 @@ class _Health:
             if reason not in self.reasons:
                 self.reasons.add(reason)
                 log.warning("tile replaced (%d of %d so far): %s", self.bad, self.read, reason)
-        if not columns["readable"].all() and len(columns["sample"]) == bad or self.bad > self.max_share * max(self.read, 100):
+        if (not columns["readable"].all() and len(columns["sample"]) == bad) or self.bad > self.max_share * max(self.read, 100):
             raise UnreadableTilesError(
                 f"{self.bad} of {self.read} tiles could not be read, above stream.max_bad_share = {self.max_share}; "
                 f"the last: {worst[-1]}; mend the tile store (run jobs/ingest.py) or raise stream.max_bad_share"

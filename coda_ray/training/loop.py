@@ -185,9 +185,7 @@ class _Worker:
         if self.world == 1:
             return network
         options = {"find_unused_parameters": self.objective.find_unused, "broadcast_buffers": False}
-        wrapped: nn.Module = ray.train.torch.prepare_model(
-            network, move_to_device=False, parallel_strategy_kwargs=options
-        )
+        wrapped: nn.Module = ray.train.torch.prepare_model(network, move_to_device=False, parallel_strategy_kwargs=options)
         return wrapped
 
     def _update(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -234,14 +232,17 @@ class _Worker:
         point["images_per_s"] = self.images / max(spent, 1e-9)
         self.images = 0
         if not torch.isfinite(torch.tensor(point["loss"])):
-            raise FloatingPointError(f"{self.run.title}: the loss is {point['loss']} at step {self.step}; lower the learning rate")
+            raise FloatingPointError(
+                f"{self.run.title}: the loss is {point['loss']} at step {self.step}; lower the learning rate"
+            )
         if self.work.guard is not None:
             self.work.guard.watch(self.step, point["entropy"], point["mean_entropy"])
         if self.rank == 0:
             time_ms = int(time.time() * 1000)
             self.history.append({"step": self.step, "time_ms": time_ms, **point})
             shown = "  ".join(
-                f"{name} {point[name]:.4g}" for name in ("loss", "accuracy", "entropy", "knn", "held_out_accuracy", "images_per_s")
+                f"{name} {point[name]:.4g}"
+                for name in ("loss", "accuracy", "entropy", "knn", "held_out_accuracy", "images_per_s")
                 if name in point
             )
             print(f"{self.run.title}: step {self.step}/{self.run.steps}  {shown}", flush=True)

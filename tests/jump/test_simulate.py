@@ -33,7 +33,7 @@ def photograph() -> Iterator[Callable[..., np.ndarray[Any, Any]]]:
         shift = np.array([(effect or {}).get(name, 0.0) for name in NAMES])
         return simulate_site(settings, plate, well, 0, shift, scope, batch, illumination(scope, batch, side))
 
-    yield take
+    return take
 
 
 def test_world_depends_on_seed_and_not_on_what_else_it_holds() -> None:
@@ -58,7 +58,8 @@ def test_traits_rise_with_z_and_shares_stay_shares() -> None:
     z = np.linspace(-4, 4, 9)
     for trait in TRAITS.values():
         value = trait.value(z)
-        assert np.all(np.diff(value) > 0) and np.all(value > 0)
+        assert np.all(np.diff(value) > 0)
+        assert np.all(value > 0)
         assert not trait.share or np.all(value < 1)
         assert value[4] == pytest.approx(trait.base)
 
@@ -165,7 +166,8 @@ def test_plates_of_the_demo() -> None:
     plates = draw_plates(PRESETS["demo"])
     assert len(plates) == len({p.name for p in plates}) == 18
     assert {p.style for p in plates} == {"phenix", "yokogawa", "imagexpress"}
-    assert any(" " in p.images for p in plates) and all(p.name in p.images for p in plates)
+    assert any(" " in p.images for p in plates)
+    assert all(p.name in p.images for p in plates)
     orders = {p.batch: p.channel_numbers for p in plates if p.style == "phenix"}
     assert len(set(orders.values())) == len(orders)
 
@@ -174,11 +176,13 @@ def test_both_layouts_name_the_same_files() -> None:
     for plate in draw_plates(TINY):
         rows = image_list(plate, ["A01", "P24"], 2)
         new, old = current_layout(rows, plate, 0.6, 96), old_layout(rows)
-        assert old.shape[1] == 25 and all(isinstance(value, str) for value in old.iloc[0])
+        assert old.shape[1] == 25
+        assert all(isinstance(value, str) for value in old.iloc[0])
         joined = old["PathName_OrigER"].str.rstrip("/") + "/" + old["FileName_OrigER"]
         assert list(joined) == list(new["URL_OrigER"])
         assert list(old["PathName_IllumER"] + "/" + old["FileName_IllumER"]) == list(new["URL_IllumER"])
-        assert new["URL_OrigDNA"].is_unique and new["URL_OrigDNA"].str.startswith(f"{GALLERY}/cpg0016-jump/").all()
+        assert new["URL_OrigDNA"].is_unique
+        assert new["URL_OrigDNA"].str.startswith(f"{GALLERY}/cpg0016-jump/").all()
         assert rows["Metadata_Site"].min() == ("0" if plate.style == "imagexpress" else "1")
 
 
@@ -200,7 +204,8 @@ def test_tables_follow_the_moa_rule() -> None:
     with pytest.raises(UnicodeDecodeError):
         files["repurposing_drugs.txt"].decode("utf-8")
     layout = pd.read_csv(io.BytesIO(files["well.csv.gz"]), compression="gzip")
-    assert len(layout) == 18 * 36 and (layout["Metadata_JCP2022"] == DMSO).sum() == 18 * 6
+    assert len(layout) == 18 * 36
+    assert (layout["Metadata_JCP2022"] == DMSO).sum() == 18 * 6
     assert gzip.decompress(files["plate.csv.gz"]).startswith(b"Metadata_Source,Metadata_Batch,Metadata_Plate,Metadata_PlateType\n")
 
 
@@ -210,7 +215,8 @@ def test_every_kind_of_defect_is_planned_and_spoils_what_it_says() -> None:
     planned = plan_defects(settings, plates, wells)
     assert len({d.kind for d in planned}) == len(planned) == 10
     assert not plan_defects(TINY, plates, wells)
-    assert any(p.name.isdigit() for p in plates) and not any(p.name.isdigit() for p in draw_plates(TINY))
+    assert any(p.name.isdigit() for p in plates)
+    assert not any(p.name.isdigit() for p in draw_plates(TINY))
     for defect in planned:
         plate = next(p for p in plates if p.name == defect.plate)
         clean = image_list(plate, list(wells), 1)

@@ -37,7 +37,8 @@ def write(folder: Path, *, defects: bool = False) -> dict[str, str]:
     seen: list[tuple[int, int]] = []
     settings = SMALL.model_copy(update={"defects": defects})
     told = write_bucket(settings, Place(address=str(folder)), lambda done, total: seen.append((done, total)))
-    assert seen[0][0] == 0 and seen[-1] == (told["sites"], told["sites"])
+    assert seen[0][0] == 0
+    assert seen[-1] == (told["sites"], told["sites"])
     assert told["version"] == SIMULATOR_VERSION
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -89,14 +90,16 @@ def test_pixels_are_those_of_the_site(bucket: Path) -> None:
         expected = simulate_site(SMALL, plate, well, 0, effect, scope, batch, light)
         for k in range(len(CHANNELS)):
             with tifffile.TiffFile(bucket / plate.images / plate.image_name(well, 0, k)) as file:
-                assert len(file.pages) == 1 and file.pages[0].dtype == np.uint16
+                assert len(file.pages) == 1
+                assert file.pages[0].dtype == np.uint16
                 assert file.pages[0].compression.name == ("NONE" if plate.style == "yokogawa" else "LZW")
                 assert np.array_equal(file.asarray(), expected[k])
 
 
 def test_record_tells_the_world(bucket: Path) -> None:
     record = json.loads((bucket / "simulation.json").read_text())
-    assert record["version"] == SIMULATOR_VERSION and record["settings"]["seed"] == SMALL.seed
+    assert record["version"] == SIMULATOR_VERSION
+    assert record["settings"]["seed"] == SMALL.seed
     assert set(record["sources"]) == set(SMALL.sources)
     plates = pd.read_csv(bucket / "metadata" / "plate.csv.gz", dtype=str)
     told = {name for s in record["sources"].values() for b in s["batches"].values() for name in b["plates"]}

@@ -5,6 +5,8 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import accuracy_score, f1_score
+
 from coda_ray.config import Config
 from coda_ray.pipeline import data
 from coda_ray.pipeline.data import DataError
@@ -12,7 +14,6 @@ from coda_ray.pipeline.matrix import StagesFailedError, requests_of, run_transfe
 from coda_ray.pipeline.transfer import Request, plan, stages_of
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import LABEL
-from sklearn.metrics import accuracy_score, f1_score
 from synthetic import small_config, write_tiles
 
 SCORES = ["n_images", "n_wells", "accuracy", "macro_f1", "well_accuracy", "well_macro_f1", "steps", "key"]
@@ -33,7 +34,11 @@ def run(config, requests, lines=None):
 @pytest.fixture(scope="module")
 def finished(ray_cluster, tmp_path_factory):
     config = world(tmp_path_factory.mktemp("transfers"))
-    requests = [Request("a", "b", "coda", "batch", 0), Request("a", "b", "supervised", "source", 0), Request("a", "a", "dual-cb", "plate", 0)]
+    requests = [
+        Request("a", "b", "coda", "batch", 0),
+        Request("a", "b", "supervised", "source", 0),
+        Request("a", "a", "dual-cb", "plate", 0),
+    ]
     return config, requests, run(config, requests)
 
 
@@ -62,7 +67,9 @@ def test_scores_are_those_of_the_stored_predictions(finished):
     mine = joined[(joined["Metadata_Batch"] == transfer.identity["unit"]) & joined[LABEL].notna()]
     row = outcome.transfers[outcome.transfers["key"] == transfer.key].iloc[0]
     assert row["accuracy"] == pytest.approx(accuracy_score(mine[LABEL], mine["predicted"]))
-    assert row["macro_f1"] == pytest.approx(f1_score(mine[LABEL], mine["predicted"], average="macro", labels=sorted(mine[LABEL].unique())))
+    assert row["macro_f1"] == pytest.approx(
+        f1_score(mine[LABEL], mine["predicted"], average="macro", labels=sorted(mine[LABEL].unique()))
+    )
     probabilities = table.filter(like="probability_")
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
     embeddings = pd.read_parquet(io.BytesIO(results.read(f"{transfer.evaluation.path}/embeddings.parquet")))

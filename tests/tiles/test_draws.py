@@ -1,6 +1,7 @@
 import numpy as np
-from coda_ray.tiles.draws import uniforms
 from scipy.stats import kstest
+
+from coda_ray.tiles.draws import uniforms
 
 
 def test_a_draw_depends_on_its_own_counter_alone():

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
-from coda_ray.tiles.plan import Partners, SamplePlan, share_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from coda_ray.tiles.plan import Partners, SamplePlan, share_of
 
 
 def candidates(compounds, batches, row):

@@ -3,6 +3,7 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
+
 from coda_ray.storage import Place, open_place
 from coda_ray.tiles.store import COMPOUND, LABEL, TileStore, content_key, read_tiles
 

@@ -5,6 +5,7 @@ import inspect
 import numpy as np
 import pandas as pd
 import pytest
+
 from coda_ray.config import Stream
 from coda_ray.tiles import reader
 from coda_ray.tiles.plan import Partners, SamplePlan

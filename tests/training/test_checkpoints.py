@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from coda_ray.learn.optim import build_optimizer
 from coda_ray.storage import Place, open_place
 from coda_ray.training import checkpoints

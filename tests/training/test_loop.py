@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from coda_ray.pipeline.train_stages import classify, pretrain
 from coda_ray.storage import open_place
 from coda_ray.training.checkpoints import read_tensors

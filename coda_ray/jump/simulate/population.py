@@ -80,7 +80,7 @@ def _positions(rng: np.random.Generator, per_mm2: float, field_um: float) -> tup
     wanted = int(rng.poisson(per_mm2 * rng.lognormal(-0.02, 0.2) * side**2 * 1e-6))
     tries = rng.uniform(-MARGIN_UM, field_um + MARGIN_UM, (12 * wanted + 24, 2))
     along = tries @ np.stack([np.cos(heading), np.sin(heading)])
-    crowding = np.exp(0.65 * np.cos(along * waves + phase).sum(1) / np.sqrt(3))
+    crowding = np.exp(0.8 * np.cos(along * waves + phase).sum(1) / np.sqrt(3))
     tries = tries[rng.random(len(tries)) < crowding / 4]
     kept = np.empty((wanted, 2))
     count = 0

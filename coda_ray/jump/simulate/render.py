@@ -60,8 +60,8 @@ class Nearest:
     second: Image
 
 
-def _nearest(bodies: Bodies, x: Image, y: Image, pixel_um: float, reach: float) -> Nearest:
-    """Assign pixels to bodies by distance relative to each outline; bodies that meet share a border."""
+def _nearest(bodies: Bodies, x: Image, y: Image, pixel_um: float, reach: float | Floats) -> Nearest:
+    """Assign pixels to bodies by distance relative to each outline, up to `reach`; bodies that meet share a border."""
     shape = x.shape
     label = np.full(shape, -1, dtype=np.int32)
     first, second = np.full(shape, 9.0, dtype=np.float32), np.full(shape, 9.0, dtype=np.float32)
@@ -171,7 +171,7 @@ def _maps(rng: np.random.Generator, people: Population, field_px: int, pixel_um:
     bent_x = x + 1.4 * _texture(x, y, 30.0, shift)
     bent_y = y + 1.4 * _texture(x, y, 30.0, shift + 190)
     cells, nuclei = people.cells, people.nuclei
-    core = _nearest(nuclei, x, y, pixel_um, 3.0)
+    core = _nearest(nuclei, x, y, pixel_um, 1 + 26 / nuclei.radius)
     on = core.label.clip(0)
     cell = _keep_nuclei_whole(_nearest(cells, bent_x, bent_y, pixel_um, 1.25), core, people.owner)
     at = cell.label.clip(0)
@@ -298,7 +298,7 @@ def render(
         return np.zeros((5, field_px, field_px), dtype=np.float32)
     maps = _maps(rng, people, field_px, pixel_um)
     specific = [_dna(maps), _er(maps), _rna(maps), _agp(maps, golgi_share), _mito(maps)]
-    bulk = maps.body * maps.height * maps.vacuoles
+    bulk = maps.body * maps.height**1.3 * maps.vacuoles
     levels = [1.0, *(maps.trait[f"{stain}_level"] for stain in ("er", "rna", "agp", "mito"))]
     stains = [(1 - u) * own + u * level * bulk for own, level, u in zip(specific, levels, unspecific, strict=True)]
     return np.stack(stains).astype(np.float32)

@@ -15,10 +15,10 @@ from coda_ray.jump.simulate.world import Optics, generator
 
 DMSO = "JCP2022_033924"
 _DMSO_KEY = "IAZDPXIOMUYVGZ-UHFFFAOYSA-N"
-_STARTS = "bal cor dex fen gal hil jor kel lum mov nar pel quin ros sel tam ver wol xan zir".split()
-_MIDDLES = "a e i o u ari eno ilo oma ura".split()
-_DRUG_ENDS = "tinib zole mycin pride statin caine dopa fenac mide rolol".split()
-_TARGET_ENDS = "kin rin din phos lase".split()
+_STARTS = ["bal", "cor", "dex", "fen", "gal", "hil", "jor", "kel", "lum", "mov", "nar", "pel", "quin", "ros", "sel", "tam", "ver", "wol", "xan", "zir"]
+_MIDDLES = ["a", "e", "i", "o", "u", "ari", "eno", "ilo", "oma", "ura"]
+_DRUG_ENDS = ["tinib", "zole", "mycin", "pride", "statin", "caine", "dopa", "fenac", "mide", "rolol"]
+_TARGET_ENDS = ["kin", "rin", "din", "phos", "lase"]
 _ACTIONS = ("inhibitor", "receptor agonist", "receptor antagonist", "channel blocker", "stabilizing agent", "uptake inhibitor")
 _DRUG_COLUMNS = ["pert_iname", "clinical_phase", "moa", "target", "disease_area", "indication"]
 _SAMPLE_COLUMNS = ["broad_id", "pert_iname", "qc_incompatible", "purity", "vendor", "catalog_no", "vendor_name"]

@@ -46,10 +46,10 @@ class Trait:
 
 # Untreated values: cell and nucleus sizes and density are calibrated to real fields, see docs/simulator.md.
 TRAITS: dict[str, Trait] = {
-    "cell_density_mm2": Trait("culture", 780.0, 0.32, cell_sd=0.0),
+    "cell_density_mm2": Trait("culture", 700.0, 0.32, cell_sd=0.0),
     "rounded_share": Trait("culture", 0.025, 1.1, share=True, cell_sd=0.0),
-    "nucleus_diameter_um": Trait("nucleus", 16.8, 0.15, cell_sd=0.7),
-    "nucleus_elongation": Trait("nucleus", 0.30, 0.50, cell_sd=0.8),
+    "nucleus_diameter_um": Trait("nucleus", 16.4, 0.15, cell_sd=0.7),
+    "nucleus_elongation": Trait("nucleus", 0.36, 0.50, cell_sd=0.8),
     "nucleus_lobing": Trait("nucleus", 0.045, 0.85, share=True, cell_sd=0.6),
     "chromatin_contrast": Trait("nucleus", 0.20, 0.90, share=True),
     "chromatin_scale_um": Trait("nucleus", 3.0, 0.35),
@@ -59,9 +59,9 @@ TRAITS: dict[str, Trait] = {
     "nucleoli_level": Trait("nucleolus", 0.8, 0.45),
     "cell_radius_um": Trait("shape", 33.0, 0.20, cell_sd=0.5),
     "cell_elongation": Trait("shape", 0.90, 0.55, cell_sd=0.6),
-    "protrusion": Trait("shape", 0.14, 0.80, share=True),
-    "flatness": Trait("shape", 0.68, 0.85, share=True),
-    "vacuoles": Trait("shape", 0.04, 1.25, share=True),
+    "protrusion": Trait("shape", 0.12, 0.80, share=True),
+    "flatness": Trait("shape", 0.60, 0.85, share=True),
+    "vacuoles": Trait("shape", 0.02, 1.25, share=True),
     "er_level": Trait("er", 1.0, 0.38, cell_sd=0.45),
     "er_perinuclear": Trait("er", 0.40, 0.95, share=True),
     "er_contrast": Trait("er", 0.17, 0.80, share=True),
@@ -166,8 +166,8 @@ _INSTRUMENTS: tuple[tuple[str, bool, str, tuple[float, ...], tuple[float, float]
 )
 
 
-# Labs differ in how their stains and cells look more than in how large and dense their cells are.
-_HABIT_SD = np.array([0.6 if trait.group in ("culture", "nucleus") or name == "cell_radius_um" else 1.3 for name, trait in TRAITS.items()])
+# Labs differ in how their stains look more than in the shapes and numbers of their cells.
+_HABIT_SD = np.array([{"culture": 0.45, "nucleus": 0.5, "shape": 0.5}.get(trait.group, 1.2) for trait in TRAITS.values()])
 
 
 def optics(settings: SimulateSettings, source: str) -> Optics:
@@ -175,23 +175,23 @@ def optics(settings: SimulateSettings, source: str) -> Optics:
     rng = generator(settings.seed, "optics", source)
     index = settings.sources.index(source)
     name, confocal, light, apertures, sizes = _INSTRUMENTS[index % len(_INSTRUMENTS)]
-    haze = rng.uniform(0.05, 0.40) if confocal else rng.uniform(0.50, 0.75)
+    haze = rng.uniform(0.05, 0.40) if confocal else rng.uniform(0.45, 0.62)
     full_scale = int(rng.choice([4095, 65535])) if confocal else 65535
     gains = np.array([0.070, 0.26, 0.21, 0.11, 0.22]) * np.exp(rng.normal(0, 0.35, 5)) * full_scale
     # RNA and AGP dyes overlap most, then ER into RNA: their filters are close or, in some labs, the same.
     bleed = ((2, 3, rng.uniform(0.05, 0.35)), (3, 2, rng.uniform(0.05, 0.45)), (1, 2, rng.uniform(0.05, 0.40)))
-    bleed += ((2, 1, rng.uniform(0.0, 0.60)), (3, 4, rng.uniform(0.0, 0.60)), (1, 0, rng.uniform(0.0, 0.15)))
+    bleed += ((2, 1, rng.uniform(0.0, 0.60)), (3, 4, rng.uniform(0.0, 0.60)), (1, 0, rng.uniform(0.0, 0.04)))
     return Optics(
         microscope=name,
         confocal=confocal,
         excitation=light,
         numerical_aperture=float(rng.choice(apertures)),
         pixel_um=float(rng.uniform(*sizes)),
-        depth_um=float(rng.uniform(0.6, 2.0) if confocal else rng.uniform(2.0, 4.5)),
+        depth_um=float(rng.uniform(0.6, 2.0) if confocal else rng.uniform(2.0, 4.0)),
         haze=tuple(float(v) for v in np.clip(haze * np.array([0.6, 1, 1, 0.9, 1]) * rng.uniform(0.85, 1.15, 5), 0, 0.8)),
         haze_um=(float(rng.uniform(3.0, 5.0)), float(rng.uniform(10.0, 20.0))),
         gain=tuple(float(v) for v in gains),
-        gamma=float(np.exp(rng.uniform(-0.5, 0.5))),
+        gamma=float(np.exp(rng.uniform(-0.25, 0.4))),
         offset=tuple(float(v) for v in full_scale * rng.uniform(0.003, 0.012, 5)),
         bleed=tuple((a, b, float(v)) for a, b, v in bleed),
         counts_per_photon=full_scale / float(np.exp(rng.uniform(*np.log((5_000, 80_000) if confocal else (30_000, 300_000))))),
@@ -199,7 +199,7 @@ def optics(settings: SimulateSettings, source: str) -> Optics:
         full_scale=full_scale,
         vignetting=float(rng.uniform(0.10, 0.40)),
         golgi_share=float(rng.uniform(0.1, 0.9)),
-        unspecific=tuple(float(v) for v in rng.uniform(0, [0.15, 0.7, 0.6, 0.6, 0.7])),
+        unspecific=tuple(float(v) for v in rng.uniform(0, [0.04, 0.6, 0.5, 0.5, 0.6])),
         habit=tuple(float(v) for v in rng.normal(0, 1, len(NAMES)) * _HABIT_SD),
         response=tuple(float(v) for v in np.exp(rng.normal(0, 0.3, len(NAMES)))),
     )

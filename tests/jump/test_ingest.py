@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import tifffile
 from conftest import KEY, write_tiny
+from real_images import real_list
 from skimage.transform import downscale_local_mean
 
 from coda_ray.config import CHANNELS, Config, Place
@@ -17,7 +18,6 @@ from coda_ray.storage import open_place
 from coda_ray.tiles.store import TileStore, read_tiles
 
 pytestmark = pytest.mark.slow
-REAL_IMAGES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "real-images"
 UNIT = ["Metadata_Source", "Metadata_Batch", "Metadata_Plate", "Metadata_Well", "Metadata_Site"]
 
 
@@ -237,25 +237,6 @@ def test_plates_without_a_list_are_noted(tiny_bucket, tmp_path):
     assert summary.plates == 2
     assert sum("no image list in the bucket; left out" in note for note in summary.notes) == 3
     assert sum(f"{broken}: not an image list" in note for note in summary.notes) == 1
-
-
-def real_list(path, order=1):
-    """Two real fields of source_1 with different channel orders, and a pilot field that lacks two channels."""
-    if not REAL_IMAGES.exists():
-        pytest.skip(f"{REAL_IMAGES} is not there")
-    manifest = pd.read_csv(REAL_IMAGES / "manifest.csv", dtype="str")
-    rows = []
-    for folder, images in manifest[manifest["dataset"].str.startswith("cpg")].groupby(manifest["file"].str.split("/").str[0]):
-        first = images.iloc[0]
-        batch = {"20221005": "Batch1_20221004", "20221013": "Batch4_20221012"}.get(folder[-8:], "pilot")
-        row = {"Metadata_Source": first["lab"].split()[0], "Metadata_Batch": batch, "Metadata_Plate": folder}
-        row |= {"Metadata_Well": first["well"], "Metadata_Site": first["site"]}
-        row |= {
-            f"URL_Orig{channel}": str(REAL_IMAGES / file) for channel, file in zip(images["channel"], images["file"], strict=True)
-        }
-        rows.append(row)
-    pd.DataFrame(rows).to_csv(path, index=False)
-    return path
 
 
 @pytest.mark.parametrize("channels", [["DNA", "RNA", "AGP"], ["DNA", "ER", "Mito"]])

@@ -194,7 +194,7 @@ def optics(settings: SimulateSettings, source: str) -> Optics:
         gamma=float(np.exp(rng.uniform(-0.25, 0.4))),
         offset=tuple(float(v) for v in full_scale * rng.uniform(0.003, 0.012, 5)),
         bleed=tuple((a, b, float(v)) for a, b, v in bleed),
-        counts_per_photon=full_scale / float(np.exp(rng.uniform(*np.log((5_000, 80_000) if confocal else (30_000, 300_000))))),
+        counts_per_photon=full_scale / float(np.exp(rng.uniform(*np.log((20_000, 120_000) if confocal else (60_000, 300_000))))),
         read_noise=full_scale * float(np.exp(rng.uniform(np.log(0.0001), np.log(0.0008)))),
         full_scale=full_scale,
         vignetting=float(rng.uniform(0.10, 0.40)),

@@ -131,8 +131,8 @@ class Stream(Section):
 
     rows_per_task: int = Field(64, ge=1)
     """Samples that one read task fetches."""
-    cpus_per_task: float = Field(0.25, gt=0)
-    """CPUs that Ray reserves for one read task; small, because the task waits for storage."""
+    tasks: int = Field(2, ge=1)
+    """Read tasks of one worker at a time; they wait for storage and reserve no CPU."""
     prefetch: int = Field(2, ge=0)
     """Mini-batches held ready per worker."""
     segment_steps: int = Field(2000, ge=1)
@@ -285,7 +285,7 @@ class Train(Section):
     workers: str = Field("0", pattern=r"^\d+(-\d+)?$")
     """Ray Train workers of one stage: `0` runs it inside one warm Ray task (small units), `4` on four workers, `1-4` elastic."""
     cpus_per_worker: float = Field(0.75, gt=0)
-    """CPUs reserved per worker; what the workers leave is for the tasks that read tiles."""
+    """CPUs reserved per worker."""
     gpus_per_worker: float = Field(0.0, ge=0)
     """GPUs reserved per worker; a fraction packs several small units on one GPU."""
     threads: int = Field(1, ge=1)

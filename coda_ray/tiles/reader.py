@@ -102,7 +102,7 @@ class TileSource:
 
 def read_task(block: dict[str, NDArray[np.int64]], source: "list[ray.ObjectRef[TileSource]]") -> dict[str, NDArray[Any]]:
     """One Ray task: read a block of samples. The reference comes in a list, so that Ray does not resolve it per task."""
-    return _fetch(source[0]).read(np.asarray(block["data"]))
+    return _fetch(source[0]).read(np.asarray(block["item"]))
 
 
 @lru_cache(maxsize=4)

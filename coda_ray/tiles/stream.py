@@ -12,6 +12,7 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
+from ray.data import TaskPoolStrategy
 
 from coda_ray.config import Stream
 from coda_ray.tiles.plan import Rows, share_of
@@ -81,15 +82,19 @@ def minibatches(
 
 def _dataset(source: "ray.ObjectRef[TileSource]", samples: Rows, settings: Stream) -> ray.data.Dataset:
     """Plan of sample numbers -> read tasks; the order is kept."""
-    blocks = np.array_split(samples, max(1, -(-len(samples) // settings.rows_per_task)))
-    dataset = ray.data.from_numpy(blocks)
+    tasks = max(1, -(-len(samples) // settings.rows_per_task))
+    # from_items makes its blocks here; from_numpy and from_arrow run tasks that reserve a CPU.
+    dataset: ray.data.Dataset = ray.data.from_items(samples.tolist(), override_num_blocks=tasks)
     dataset.context.execution_options.preserve_order = True
     return dataset.map_batches(
         cast(Any, read_task),
         fn_kwargs={"source": [source]},
         batch_size=None,
         batch_format="numpy",
-        num_cpus=settings.cpus_per_task,
+        # Ray Data shares whole CPUs out among the pipelines of a cluster: with more pipelines than CPUs, tasks that reserve any
+        # would never start.
+        num_cpus=0,
+        compute=TaskPoolStrategy(size=settings.tasks),
     )
 
 

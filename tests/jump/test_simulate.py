@@ -25,7 +25,9 @@ TINY = PRESETS["tiny"]
 def photograph() -> Iterator[Callable[..., np.ndarray[Any, Any]]]:
     """Take one field of a source, with optional changes of trait values and optics."""
 
-    def take(source: str = "sim_a", effect: dict[str, float] | None = None, well: str = "B02", side: int = 256, **change: Any) -> Any:
+    def take(
+        source: str = "sim_a", effect: dict[str, float] | None = None, well: str = "B02", side: int = 256, **change: Any
+    ) -> Any:
         settings = TINY.model_copy(update={"field_px": side})
         plate = next(p for p in draw_plates(settings) if p.source == source)
         scope = replace(optics(settings, source), **change)
@@ -206,7 +208,9 @@ def test_tables_follow_the_moa_rule() -> None:
     layout = pd.read_csv(io.BytesIO(files["well.csv.gz"]), compression="gzip")
     assert len(layout) == 18 * 36
     assert (layout["Metadata_JCP2022"] == DMSO).sum() == 18 * 6
-    assert gzip.decompress(files["plate.csv.gz"]).startswith(b"Metadata_Source,Metadata_Batch,Metadata_Plate,Metadata_PlateType\n")
+    assert gzip.decompress(files["plate.csv.gz"]).startswith(
+        b"Metadata_Source,Metadata_Batch,Metadata_Plate,Metadata_PlateType\n"
+    )
 
 
 def test_every_kind_of_defect_is_planned_and_spoils_what_it_says() -> None:
@@ -232,7 +236,8 @@ def test_every_kind_of_defect_is_planned_and_spoils_what_it_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "word"), [({"moas": 200}, "384"), ({"sources": ["a", "a"]}, "distinct"), ({"sources": ["a b"]}, "letters"), ({"moa": 3}, "Extra")]
+    ("change", "word"),
+    [({"moas": 200}, "384"), ({"sources": ["a", "a"]}, "distinct"), ({"sources": ["a b"]}, "letters"), ({"moa": 3}, "Extra")],
 )
 def test_wrong_settings_are_refused(change: dict[str, Any], word: str) -> None:
     with pytest.raises(ValidationError, match=word):

@@ -50,9 +50,7 @@ def plan_defects(settings: SimulateSettings, plates: Sequence[Plate], wells: Map
     return planned
 
 
-def _plan(
-    kind: str, plate: Plate, settings: SimulateSettings, wells: Mapping[str, int], rng: np.random.Generator
-) -> Defect:
+def _plan(kind: str, plate: Plate, settings: SimulateSettings, wells: Mapping[str, int], rng: np.random.Generator) -> Defect:
     """Choose well, site and channel of one defect on a plate."""
     treated = [well for well, content in wells.items() if content >= 0]
     well, site = str(rng.choice(treated)), int(rng.integers(settings.sites_per_well))

@@ -93,7 +93,7 @@ def draw_plates(settings: SimulateSettings) -> list[Plate]:
         numbers = tuple(int(n) for n in generator(settings.seed, "channels", source).permutation(5) + 1)
         count = 0
         for run in range(settings.batches_per_source):
-            batch = {"phenix": f"SIM{run + 1:02d}", "yokogawa": f"SIMCPE-2024-Run{run + 1:02d}", "imagexpress": f"J{run + 1}"}[style]
+            batches = {"phenix": f"SIM{run + 1:02d}", "yokogawa": f"SIMCPE-2024-Run{run + 1:02d}", "imagexpress": f"J{run + 1}"}
             # One vendor's users reorder the channels between acquisitions.
             turned = numbers[run % 5 :] + numbers[: run % 5] if style == "phenix" else numbers
             for _ in range(1 + run % 2):
@@ -102,7 +102,7 @@ def draw_plates(settings: SimulateSettings) -> list[Plate]:
                 name = {"phenix": f"SIMQC{serial:04d}", "yokogawa": f"ASIM{serial:04d}", "imagexpress": f"A1{serial:06d}"}[style]
                 if settings.defects and index == len(settings.sources) - 1 and count == 1:
                     name = f"105360{serial:04d}"
-                plates.append(Plate(source, batch, name, run, style, turned))
+                plates.append(Plate(source, batches[style], name, run, style, turned))
     return plates
 
 

@@ -7,6 +7,7 @@ formula over those maps, evaluated for the whole field at once.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from coda_ray.jump.simulate.population import ANGLES, Bodies, Population
 from coda_ray.jump.simulate.world import Floats, generator
 
 Image = npt.NDArray[np.float32]
+Floating = npt.NDArray[np.floating[Any]]
 _TILE, _PERIOD = 1024, 40.0
 
 
@@ -27,10 +29,10 @@ def _noise() -> Image:
     octaves = np.log2(np.maximum(cycles, 1e-3))
     # Equal power per octave asks for amplitude 1 / frequency in the plane.
     band = fft.irfft2(white * np.exp(-(octaves**2) / (2 * 0.8**2)) / np.maximum(cycles, 1e-3), s=(_TILE, _TILE))
-    return (band / band.std()).astype(np.float32)
+    return np.asarray(band / band.std(), dtype=np.float32)
 
 
-def _texture(u: Image, v: Image, scale_um: Image | float, offset: Image) -> Image:
+def _texture(u: Floating, v: Floating, scale_um: Floating | float, offset: Floating) -> Image:
     """Look the noise up at a scale of its own for every pixel; the offset gives each cell its own piece.
 
     The nearest of the table's fine samples serves: a step is a fortieth of the texture's period.
@@ -205,21 +207,21 @@ def _maps(rng: np.random.Generator, people: Population, field_px: int, pixel_um:
         offset=spread(rng.uniform(0, _TILE, len(cells.x))),
         golgi=golgi,
         nucleoli=np.minimum(nucleoli, 1.3) * nucleus.astype(np.float32),
-        vacuoles=1 / (1 + 2.5 * vacuoles),
+        vacuoles=(1 / (1 + 2.5 * vacuoles)).astype(np.float32),
         rounded=rounded,
         content=content,
         trait={name: spread(values) for name, values in people.traits.items()},
     )
 
 
-def _dna(m: _Maps) -> Image:
+def _dna(m: _Maps) -> Floating:
     """Chromatin: grainy, dark at nucleoli, the same content in a small or a large nucleus."""
     grain = _texture(m.u, m.v, m.trait["chromatin_scale_um"], m.offset + 31)
     chromatin = np.clip(1 + 1.1 * m.trait["chromatin_contrast"] * grain, 0.2, 3) * (1 - 0.30 * m.nucleoli)
     return m.nucleus * m.content * chromatin * (1 + 0.9 * m.rounded) + 0.02 * m.body * m.height
 
 
-def _er(m: _Maps) -> Image:
+def _er(m: _Maps) -> Floating:
     """Endoplasmic reticulum: a net that thickens towards the nucleus and rims it."""
     t = m.trait
     near = np.exp(-m.to_nucleus_um / 7)
@@ -229,7 +231,7 @@ def _er(m: _Maps) -> Image:
     return t["er_level"] * m.body * m.height * m.vacuoles * (place * net * (1 - 0.35 * m.nucleus) + rim)
 
 
-def _rna(m: _Maps) -> Image:
+def _rna(m: _Maps) -> Floating:
     """RNA: diffuse cytoplasm, paler nucleoplasm, bright nucleoli."""
     t = m.trait
     near = np.exp(-m.to_nucleus_um / 8)
@@ -239,7 +241,7 @@ def _rna(m: _Maps) -> Image:
     return t["rna_level"] * m.body * m.height * (cytoplasm + nucleus)
 
 
-def _agp(m: _Maps, golgi_share: float) -> Image:
+def _agp(m: _Maps, golgi_share: float) -> Floating:
     """Actin (phalloidin) and Golgi with plasma membrane (WGA), mixed as the lab stains them."""
     t = m.trait
     lines = np.exp(-((_texture(m.u / 7, m.v, 5.0, m.offset + 317) / 0.30) ** 2))
@@ -253,7 +255,7 @@ def _agp(m: _Maps, golgi_share: float) -> Image:
     return t["agp_level"] * m.body * mixed * (1 - 0.25 * m.nucleus) * (0.4 + 0.6 * m.vacuoles)
 
 
-def _mito(m: _Maps) -> Image:
+def _mito(m: _Maps) -> Floating:
     """Mitochondria: a network of tubes or fragments, gathered around the nucleus or spread out."""
     t = m.trait
     noise = _texture(m.u / 1.6, m.v, t["mito_scale_um"], m.offset + 149)
@@ -299,6 +301,6 @@ def render(
     maps = _maps(rng, people, field_px, pixel_um)
     specific = [_dna(maps), _er(maps), _rna(maps), _agp(maps, golgi_share), _mito(maps)]
     bulk = maps.body * maps.height**1.3 * maps.vacuoles
-    levels = [1.0, *(maps.trait[f"{stain}_level"] for stain in ("er", "rna", "agp", "mito"))]
+    levels = [np.ones_like(bulk), *(maps.trait[f"{stain}_level"] for stain in ("er", "rna", "agp", "mito"))]
     stains = [(1 - u) * own + u * level * bulk for own, level, u in zip(specific, levels, unspecific, strict=True)]
     return np.stack(stains).astype(np.float32)

@@ -15,7 +15,8 @@ from coda_ray.jump.simulate.world import Optics, generator
 
 DMSO = "JCP2022_033924"
 _DMSO_KEY = "IAZDPXIOMUYVGZ-UHFFFAOYSA-N"
-_STARTS = ["bal", "cor", "dex", "fen", "gal", "hil", "jor", "kel", "lum", "mov", "nar", "pel", "quin", "ros", "sel", "tam", "ver", "wol", "xan", "zir"]
+_STARTS = ["bal", "cor", "dex", "fen", "gal", "hil", "jor", "kel", "lum", "mov"]
+_STARTS += ["nar", "pel", "quin", "ros", "sel", "tam", "ver", "wol", "xan", "zir"]
 _MIDDLES = ["a", "e", "i", "o", "u", "ari", "eno", "ilo", "oma", "ura"]
 _DRUG_ENDS = ["tinib", "zole", "mycin", "pride", "statin", "caine", "dopa", "fenac", "mide", "rolol"]
 _TARGET_ENDS = ["kin", "rin", "din", "phos", "lase"]
@@ -92,7 +93,8 @@ def _moa_tables(settings: SimulateSettings, compounds: Sequence[Compound], wells
     for i, c in enumerate(compounds):
         cid = str(900_000 + i)
         meta.append([f"{c.broad_core}-001-01-1", c.inchikey, c.name, cid, "NA", "trt", "NA", "", ""])
-        drugs.append([c.name, "Preclinical", c.moa, "", "otology" if i % 5 == 0 else "", "Ménière's disease" if i % 5 == 0 else ""])
+        use = ["otology", "Ménière's disease"] if i % 5 == 0 else ["", ""]
+        drugs.append([c.name, "Preclinical", c.moa, "", *use])
         # A compound has been bought more than once, as other salts and lots.
         for lot in range(1, 2 + i % 3):
             sample = [f"{c.broad_core}-00{lot}-0{lot}-{lot}", c.name, "0", "98.1", "Simulated", f"S{i:04d}", f'{c.name} 5" vial']
@@ -102,7 +104,8 @@ def _moa_tables(settings: SimulateSettings, compounds: Sequence[Compound], wells
         # The hub knows drugs that no plate holds, some without a mechanism.
         drugs.append([word, "Launched", "" if i % 3 == 0 else compounds[i % len(compounds)].moa, "", "", ""])
         core = f"BRD-K{1_000_000 + 7 * i:08d}"
-        samples.append([f"{core}-001-01-1", word, "0", "97", "Simulated", f"E{i:04d}", word, "300.1", "", f"{_letters(word, 14)}-N", "", ""])
+        sample = [f"{core}-001-01-1", word, "0", "97", "Simulated", f"E{i:04d}", word, "300.1", ""]
+        samples.append([*sample, f"{_letters(word, 14)}-{_letters(word + 'x', 8)}SA-N", "", ""])
     meta.append(["NA", _DMSO_KEY, "DMSO", "679", "NA", "control", "negcon", "C[S+](C)[O-]", "InChI=1S/C2H6OS/c1-4(2)3/h1-2H3"])
     platemap = [["well_position", "broad_sample", "solvent"]]
     platemap += [[well, f"{compounds[c].broad_core}-001-01-1" if c >= 0 else "", "DMSO"] for well, c in wells.items()]

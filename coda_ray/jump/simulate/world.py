@@ -167,7 +167,7 @@ _INSTRUMENTS: tuple[tuple[str, bool, str, tuple[float, ...], tuple[float, float]
 
 
 # Labs differ in how their stains look more than in the shapes and numbers of their cells.
-_HABIT_SD = np.array([{"culture": 0.45, "nucleus": 0.5, "shape": 0.5}.get(trait.group, 1.2) for trait in TRAITS.values()])
+_HABIT_SD = np.array([{"culture": 0.45, "nucleus": 0.5, "shape": 0.6}.get(trait.group, 1.6) for trait in TRAITS.values()])
 
 
 def optics(settings: SimulateSettings, source: str) -> Optics:
@@ -179,6 +179,7 @@ def optics(settings: SimulateSettings, source: str) -> Optics:
     full_scale = int(rng.choice([4095, 65535])) if confocal else 65535
     gains = np.array([0.070, 0.26, 0.21, 0.11, 0.22]) * np.exp(rng.normal(0, 0.35, 5)) * full_scale
     # RNA and AGP dyes overlap most, then ER into RNA: their filters are close or, in some labs, the same.
+    bleed: tuple[tuple[int, int, float], ...]
     bleed = ((2, 3, rng.uniform(0.05, 0.35)), (3, 2, rng.uniform(0.05, 0.45)), (1, 2, rng.uniform(0.05, 0.40)))
     bleed += ((2, 1, rng.uniform(0.0, 0.60)), (3, 4, rng.uniform(0.0, 0.60)), (1, 0, rng.uniform(0.0, 0.04)))
     return Optics(
@@ -191,7 +192,7 @@ def optics(settings: SimulateSettings, source: str) -> Optics:
         haze=tuple(float(v) for v in np.clip(haze * np.array([0.6, 1, 1, 0.9, 1]) * rng.uniform(0.85, 1.15, 5), 0, 0.8)),
         haze_um=(float(rng.uniform(3.0, 5.0)), float(rng.uniform(10.0, 20.0))),
         gain=tuple(float(v) for v in gains),
-        gamma=float(np.exp(rng.uniform(-0.25, 0.4))),
+        gamma=float(np.exp(rng.uniform(-0.35, 0.45))),
         offset=tuple(float(v) for v in full_scale * rng.uniform(0.003, 0.012, 5)),
         bleed=tuple((a, b, float(v)) for a, b, v in bleed),
         counts_per_photon=full_scale / float(np.exp(rng.uniform(*np.log((20_000, 120_000) if confocal else (60_000, 300_000))))),
@@ -201,7 +202,7 @@ def optics(settings: SimulateSettings, source: str) -> Optics:
         golgi_share=float(rng.uniform(0.1, 0.9)),
         unspecific=tuple(float(v) for v in rng.uniform(0, [0.04, 0.6, 0.5, 0.5, 0.6])),
         habit=tuple(float(v) for v in rng.normal(0, 1, len(NAMES)) * _HABIT_SD),
-        response=tuple(float(v) for v in np.exp(rng.normal(0, 0.3, len(NAMES)))),
+        response=tuple(float(v) for v in np.exp(rng.normal(0, 0.4, len(NAMES)))),
     )
 
 

@@ -134,7 +134,7 @@ def simulated_batches(settings: SimulateSettings, source: str, batches: int, wel
 
 
 # The published table names channels in another order than the stains: "RNA" has the profile of a nuclear stain, and "AGP"
-# and "DNA" correlate at 0.97 as only AGP and RNA do on that microscope's filters. Told apart by those, see docs/simulator.md.
+# and "DNA" correlate at 0.96 as only AGP and RNA do on that microscope's filters. Told apart by those, see docs/simulator.md.
 SOURCE_3_NAMES = {"DNA": "RNA", "RNA": "DNA", "AGP": "AGP", "ER": "ER", "Mito": "Mito"}
 
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -143,16 +144,16 @@ def head(tmp_path):
 
 def wait_until_answered(node, url, token, log):
     """Ask the head until it answers; it says itself when it cannot start."""
-    from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
-
-    @retry(wait=wait_fixed(0.5), stop=stop_after_delay(180), retry=retry_if_exception_type(OSError))
-    def ask():
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    for _ in range(600):
         assert node.poll() is None, log.read_text()
-        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            assert answer.status == 200
-
-    ask()
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                assert answer.status == 200
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(f"{url} never answered: {log.read_text()}")
 
 
 @pytest.mark.slow

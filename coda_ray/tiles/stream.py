@@ -94,7 +94,7 @@ def _dataset(source: "ray.ObjectRef[TileSource]", samples: Rows, settings: Strea
         # Ray Data shares whole CPUs out among the pipelines of a cluster: with more pipelines than CPUs, tasks that reserve any
         # would never start.
         num_cpus=0,
-        compute=TaskPoolStrategy(size=settings.tasks),
+        compute=TaskPoolStrategy(size=min(settings.tasks, tasks)),
     )
 
 

@@ -179,7 +179,8 @@ def _maps(rng: np.random.Generator, people: Population, field_px: int, pixel_um:
     at = cell.label.clip(0)
 
     def spread(values: npt.ArrayLike) -> Image:
-        return np.asarray(values, dtype=np.float32)[at]
+        spread_out: Image = np.asarray(values, dtype=np.float32)[at]
+        return spread_out
 
     radius, rounded = spread(cells.radius), spread(people.rounded)
     to_edge = np.minimum((1 - cell.inside) * radius, 0.5 * (cell.second - cell.inside) * radius)
@@ -218,7 +219,8 @@ def _dna(m: _Maps) -> Floating:
     """Chromatin: grainy, dark at nucleoli, the same content in a small or a large nucleus."""
     grain = _texture(m.u, m.v, m.trait["chromatin_scale_um"], m.offset + 31)
     chromatin = np.clip(1 + 1.1 * m.trait["chromatin_contrast"] * grain, 0.2, 3) * (1 - 0.30 * m.nucleoli)
-    return m.nucleus * m.content * chromatin * (1 + 0.9 * m.rounded) + 0.02 * m.body * m.height
+    stain: Floating = m.nucleus * m.content * chromatin * (1 + 0.9 * m.rounded) + 0.02 * m.body * m.height
+    return stain
 
 
 def _er(m: _Maps) -> Floating:
@@ -228,7 +230,8 @@ def _er(m: _Maps) -> Floating:
     place = (1 - t["er_perinuclear"]) * 0.9 + 1.6 * t["er_perinuclear"] * near
     net = np.clip(1 + 1.2 * t["er_contrast"] * _texture(m.u, m.v, t["er_scale_um"], m.offset + 97), 0.15, 4)
     rim = 0.25 * np.exp(-((m.to_nucleus_um / 1.1) ** 2)) * (1 - m.nucleus)
-    return t["er_level"] * m.body * m.height * m.vacuoles * (place * net * (1 - 0.35 * m.nucleus) + rim)
+    stain: Floating = t["er_level"] * m.body * m.height * m.vacuoles * (place * net * (1 - 0.35 * m.nucleus) + rim)
+    return stain
 
 
 def _rna(m: _Maps) -> Floating:
@@ -238,7 +241,8 @@ def _rna(m: _Maps) -> Floating:
     grain = np.clip(1 + 0.15 * _texture(m.u, m.v, 3.0, m.offset + 211), 0.3, 2)
     cytoplasm = (0.55 + 0.75 * near) * grain * (1 - m.nucleus) * m.vacuoles
     nucleus = m.nucleus * 2.2 * t["rna_nuclear"] * (1 + 1.3 * t["nucleoli_level"] * m.nucleoli)
-    return t["rna_level"] * m.body * m.height * (cytoplasm + nucleus)
+    stain: Floating = t["rna_level"] * m.body * m.height * (cytoplasm + nucleus)
+    return stain
 
 
 def _agp(m: _Maps, golgi_share: float) -> Floating:
@@ -252,7 +256,8 @@ def _agp(m: _Maps, golgi_share: float) -> Floating:
     puncta = np.clip(_texture(m.u, m.v, 2.5, m.offset + 53) - 1.2, 0, 2)
     membrane = m.height * (0.35 + 0.5 * np.exp(-m.to_nucleus_um / 7) + 0.25 * puncta) + 1.5 * m.golgi
     mixed = 1.3 * (1 - golgi_share) * actin + 1.3 * golgi_share * membrane
-    return t["agp_level"] * m.body * mixed * (1 - 0.25 * m.nucleus) * (0.4 + 0.6 * m.vacuoles)
+    stain: Floating = t["agp_level"] * m.body * mixed * (1 - 0.25 * m.nucleus) * (0.4 + 0.6 * m.vacuoles)
+    return stain
 
 
 def _mito(m: _Maps) -> Floating:
@@ -265,7 +270,8 @@ def _mito(m: _Maps) -> Floating:
     tissue = 0.45 + 1.0 * (network * tubes + (1 - network) * fragments)
     gathered = np.exp(-m.to_nucleus_um / 6) * np.clip(1 + 0.45 * _texture(m.u, m.v, 24.0, m.offset + 449), 0.1, 2)
     place = (1 - t["mito_perinuclear"]) * 0.85 + 2.0 * t["mito_perinuclear"] * gathered
-    return t["mito_level"] * m.body * m.height**0.8 * m.vacuoles * (1 - 0.55 * m.nucleus) * tissue * place
+    stain: Floating = t["mito_level"] * m.body * m.height**0.8 * m.vacuoles * (1 - 0.55 * m.nucleus) * tissue * place
+    return stain
 
 
 def render(

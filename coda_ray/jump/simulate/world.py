@@ -166,8 +166,11 @@ _INSTRUMENTS: tuple[tuple[str, bool, str, tuple[float, ...], tuple[float, float]
 )
 
 
-# Labs differ in how their stains look more than in the shapes and numbers of their cells.
-_HABIT_SD = np.array([{"culture": 0.45, "nucleus": 0.5, "shape": 0.6}.get(trait.group, 1.6) for trait in TRAITS.values()])
+# Labs differ in how their stains look more than in the shapes and numbers of their cells. How bright a stain is in a lab
+# is its gain: exposure is set so that untreated cells use the camera's range.
+_EXPOSED = ("er_level", "rna_level", "agp_level", "mito_level")
+_GROUP_SD = {"culture": 0.45, "nucleus": 0.5, "shape": 0.6}
+_HABIT_SD = np.array([0.0 if name in _EXPOSED else _GROUP_SD.get(trait.group, 1.6) for name, trait in TRAITS.items()])
 
 
 def optics(settings: SimulateSettings, source: str) -> Optics:
@@ -177,7 +180,7 @@ def optics(settings: SimulateSettings, source: str) -> Optics:
     name, confocal, light, apertures, sizes = _INSTRUMENTS[index % len(_INSTRUMENTS)]
     haze = rng.uniform(0.05, 0.40) if confocal else rng.uniform(0.45, 0.62)
     full_scale = int(rng.choice([4095, 65535])) if confocal else 65535
-    gains = np.array([0.070, 0.26, 0.21, 0.11, 0.22]) * np.exp(rng.normal(0, 0.35, 5)) * full_scale
+    gains = np.array([0.070, 0.24, 0.19, 0.11, 0.20]) * np.exp(rng.normal(0, 0.25, 5)) * full_scale
     # RNA and AGP dyes overlap most, then ER into RNA: their filters are close or, in some labs, the same.
     bleed: tuple[tuple[int, int, float], ...]
     bleed = ((2, 3, rng.uniform(0.05, 0.35)), (3, 2, rng.uniform(0.05, 0.45)), (1, 2, rng.uniform(0.05, 0.40)))

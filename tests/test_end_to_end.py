@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+
 from real_images import REAL_IMAGES, real_list
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -59,8 +59,14 @@ def study(root: Path, results: str) -> Path:
         results={"address": str(root / results)},
         pretrain={"steps": 12},
         tracking={"enabled": True},
-        matrix={"sources": ["a"], "targets": ["b"], "methods": ["supervised", "oda", "coda"], "granularities": ["batch"], "seeds": [0]},
-    )  # fmt: skip
+        matrix={
+            "sources": ["a"],
+            "targets": ["b"],
+            "methods": ["supervised", "oda", "coda"],
+            "granularities": ["batch"],
+            "seeds": [0],
+        },
+    )
     if not (root / "tiles").exists():
         for source in ("a", "b"):
             write_tiles(config, source, batches=2, plates_per_batch=2)
@@ -86,8 +92,12 @@ def test_a_driver_that_was_killed_is_started_again_to_the_same_end(tmp_path):
     assert undisturbed.returncode == 0, undisturbed.stderr
     file = study(tmp_path, "killed")
     driver = subprocess.Popen(
-        [sys.executable, "jobs/matrix.py", "--config", str(file)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )  # fmt: skip
+        [sys.executable, "jobs/matrix.py", "--config", str(file)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     assert driver.stdout is not None
     for line in driver.stdout:
         if re.match(r"\[4/\d+\]", line):

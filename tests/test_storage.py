@@ -1,12 +1,12 @@
 import pickle
 
 import pytest
-from conftest import KEY
 
 from coda_ray import storage
 from coda_ray.config import Place
 from coda_ray.jump.simulate.serve import serve_folder
 from coda_ray.storage import open_place, retrying
+from conftest import KEY
 
 
 @pytest.fixture(autouse=True)

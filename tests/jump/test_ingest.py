@@ -1,13 +1,10 @@
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import tifffile
-from conftest import KEY, write_tiny
-from real_images import real_list
 from skimage.transform import downscale_local_mean
 
 from coda_ray.config import CHANNELS, Config, Place
@@ -16,6 +13,8 @@ from coda_ray.jump.ingest import IngestError, run_ingest
 from coda_ray.jump.simulate.serve import serve_folder
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import TileStore, read_tiles
+from conftest import KEY, write_tiny
+from real_images import real_list
 
 pytestmark = pytest.mark.slow
 UNIT = ["Metadata_Source", "Metadata_Batch", "Metadata_Plate", "Metadata_Well", "Metadata_Site"]

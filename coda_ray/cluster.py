@@ -12,6 +12,8 @@ LOCAL_OBJECT_STORE_BYTES = 2_000_000_000
 def start_ray() -> None:
     """Connect to the cluster of RAY_ADDRESS (`ray job submit` sets it), or start Ray on this machine; once per process.
 
+    RAY_ADDRESS=auto joins a Ray that runs on this machine already.
+
     A local Ray has no dashboard, an object store of 2 GB, and Ray's token authentication, so that nobody else on the
     network can run code in it; RAY_AUTH_MODE, set before Ray is imported, decides otherwise.
     """
@@ -21,7 +23,9 @@ def start_ray() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
     else:
-        ray.init(include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, logging_level=logging.WARNING)
+        ray.init(
+            address="local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, logging_level=logging.WARNING
+        )
     quieten()
 
 

@@ -135,6 +135,9 @@ class Stream(Section):
     """Read tasks of one worker at a time; they wait for storage and reserve no CPU."""
     prefetch: int = Field(2, ge=0)
     """Mini-batches held ready per worker."""
+    cache: str | None = None
+    """Folder on each node's own disk where shards are kept once read; it grows to the size of the tiles used. Unset asks
+    storage for every tile."""
     segment_steps: int = Field(2000, ge=1)
     """Steps that one Ray Data execution serves before the next is planned; bounds the memory of the plan."""
     max_bad_share: float = Field(0.01, ge=0, le=1)

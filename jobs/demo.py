@@ -46,6 +46,7 @@ def main() -> int:
             "--metadata.endpoint-url": public,
             "--tiles.address": "s3://tiles",
             "--tiles.endpoint-url": private,
+            "--stream.cache": str((ROOT / "cache").resolve()),
         }
         config = build_config(Config, "configs/demo.yaml", [part for pair in overrides.items() for part in pair])
         return _ingest(config) or _matrix(config)

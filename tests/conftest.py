@@ -44,6 +44,7 @@ def ray_cluster():
     import ray
 
     ray.init(
+        address="local",
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=500_000_000,

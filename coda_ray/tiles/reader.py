@@ -8,8 +8,10 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from coda_ray.config import Place
+from coda_ray.storage import open_place
 from coda_ray.tiles.plan import Rows, SamplePlan
-from coda_ray.tiles.store import TileIndex, read_tiles
+from coda_ray.tiles.store import TileIndex, content_key, read_tiles
 
 REPLACEMENTS = 8
 READ_COLUMNS = ["shard", "offset", "height", "width", "crc32"]
@@ -31,6 +33,8 @@ class TileSource:
         (N,) int64 class per row for labelled training; None for everything label-free.
     replace
         Whether another sample stands in for one that cannot be read; without, it is marked `readable` = False.
+    cache
+        Folder on the node's own disk for copies of the shards; None reads every tile from storage.
     """
 
     index: TileIndex
@@ -38,6 +42,7 @@ class TileSource:
     crop: int
     labels: NDArray[np.int64] | None = None
     replace: bool = True
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         """Keep nothing but the columns that reading needs."""
@@ -80,11 +85,26 @@ class TileSource:
             columns["label"] = self.labels[anchors]
         return columns
 
+    def _near(self, rows: Rows) -> TileIndex:
+        """Copy the shards of some rows to the node's own disk, where a cache is wanted and they are not there yet."""
+        if self.cache is None:
+            return self.index
+        far = self.index.folder
+        near = open_place(Place(address=f"{self.cache}/{content_key(far.address())}"))
+        for shard in self.index.frame["shard"].iloc[rows].unique():
+            if not near.exists(shard):
+                try:
+                    near.write(shard, far.read(shard))
+                except FileNotFoundError:
+                    return self.index
+        return TileIndex(self.index.frame, near, self.index.channels)
+
     def _fill(
         self, sides: list[Rows], todo: Rows, images: NDArray[np.uint8], bad: NDArray[np.int32], reasons: NDArray[Any]
     ) -> Rows:
         """Read the samples at some places into `images`; count and note what fails, and return those places."""
-        found = read_tiles(self.index, np.concatenate([side[todo] for side in sides]), self.crop)
+        rows = np.concatenate([side[todo] for side in sides])
+        found = read_tiles(self._near(rows), rows, self.crop)
         failed = []
         for number, place in enumerate(todo):
             errors = []

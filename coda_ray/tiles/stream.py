@@ -6,6 +6,7 @@ tiles by ranged requests, and prefetching into mini-batches. Ray Data's back-pre
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -66,7 +67,7 @@ def minibatches(
     low, high = share_of(rank, world, minibatch)
     if high == low:
         raise ValueError(f"minibatch = {minibatch} is smaller than the {world} workers; raise it or take fewer workers")
-    reference = ray.put(source)
+    reference = ray.put(replace(source, cache=settings.cache))
     health = _Health(settings.max_bad_share)
     for begin in range(start_step, steps, settings.segment_steps):
         numbers = np.arange(begin, min(begin + settings.segment_steps, steps), dtype=np.int64)[:, None] * minibatch

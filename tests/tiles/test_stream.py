@@ -55,6 +55,15 @@ def test_tasks_and_segments_change_nothing(ray_cluster, index):
     assert all(same(a, b) for a, b in zip(whole, other, strict=True))
 
 
+def test_a_cache_holds_what_was_read_and_changes_nothing(ray_cluster, index, tmp_path):
+    whole = run(source_of(index))
+    cached = Stream(rows_per_task=7, cache=str(tmp_path / "cache"))
+    for _ in range(2):
+        assert all(same(a, b) for a, b in zip(whole, run(source_of(index), settings=cached), strict=True))
+    kept = {str(path.relative_to(path.parents[3])) for path in (tmp_path / "cache").rglob("*.npy")}
+    assert kept == set(index.frame["shard"])
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_number_of_workers_changes_no_sample(ray_cluster, index, world):
     whole = run(source_of(index))

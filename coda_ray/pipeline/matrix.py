@@ -11,9 +11,9 @@ from typing import Any
 import pandas as pd
 import ray
 
-from coda_ray.cluster import quieten
 from coda_ray.config import Config, Matrix
 from coda_ray.pipeline.stage import Stage
+from coda_ray.pipeline.task import run_stage
 from coda_ray.pipeline.transfer import UNADAPTED, Request, Transfer, plan, score, stages_of
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key
@@ -194,7 +194,7 @@ class _Runner:
         train = self.config.train
         inside = workers_of(train)[1] == 0
         wanted = resources(train) if inside else {}
-        reference = _run_stage.options(
+        reference = run_stage.options(
             name=stage.kind,
             num_cpus=wanted.get("CPU", 0),
             num_gpus=wanted.get("GPU", 0),
@@ -244,18 +244,3 @@ class _Runner:
             return max(1, len(self.stages))
         have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         return max(1, min(int(have.get(name, 0) // (amount * low)) for name, amount in resources(train).items()))
-
-
-@ray.remote(max_calls=0)
-def _run_stage(stage: Stage, config: Config, report: Report | None, *needs: dict[str, Any]) -> dict[str, Any]:
-    """Run one stage in a warm Ray task; `needs` are there for their order alone.
-
-    max_calls=0 keeps the process, and what it has imported, for the next stage on GPUs too.
-    """
-    quieten()
-    try:
-        return stage.run(config, report)
-    finally:
-        close = getattr(report, "close", None)
-        if close is not None:
-            close()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ray.data import TaskPoolStrategy
 
 from coda_ray.config import Stream
+from coda_ray.tiles.pause import Pause
 from coda_ray.tiles.plan import Rows, share_of
 from coda_ray.tiles.reader import TileSource, read_task
 
@@ -87,6 +88,7 @@ def _dataset(source: "ray.ObjectRef[TileSource]", samples: Rows, settings: Strea
     # from_items makes its blocks here; from_numpy and from_arrow run tasks that reserve a CPU.
     dataset: ray.data.Dataset = ray.data.from_items(samples.tolist(), override_num_blocks=tasks)
     dataset.context.execution_options.preserve_order = True
+    dataset.context.custom_execution_callback_classes = [Pause]
     return dataset.map_batches(
         cast(Any, read_task),
         fn_kwargs={"source": [source]},

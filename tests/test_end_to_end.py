@@ -72,7 +72,7 @@ def test_the_papers_settings_run_at_full_size(tiny_bucket, tmp_path):
     config = yaml.safe_load((ROOT / "configs" / "paper.yaml").read_text())
     bucket = {"bucket": tiny_bucket.place.model_dump(), "metadata": tiny_bucket.metadata.model_dump()}
     config |= bucket | {name: {"address": str(tmp_path / name)} for name in ("tiles", "results")}
-    config["ingest"] |= {"sources": ["sim_a", "sim_b"], "pixel_size_um": 0.13}
+    config["ingest"] |= {"sources": ["sim_a", "sim_b"], "pixel_size_um": 0.12}
     config["model"]["init"] = "random"
     config |= {"held_out": {}, "evaluate": {"minibatch": 16}, "tracking": {"enabled": False}}
     for stage in ("pretrain", "classify", "adapt"):

@@ -20,8 +20,23 @@ class DataError(ValueError):
 
 
 def load_tiles(config: Config, source: str) -> TileIndex:
-    """Load the index of one source from the tile store, once per process."""
-    return _load(config.tiles.model_dump_json(), config.ingest.model_dump_json(), source)
+    """Load the index of one source from the tile store, once per process.
+
+    Raises
+    ------
+    FileNotFoundError
+        When the source has no finished plate.
+    DataError
+        When its tiles are smaller than `views.tile_crop`.
+    """
+    index = _load(config.tiles.model_dump_json(), config.ingest.model_dump_json(), source)
+    smallest = int(index.frame[["height", "width"]].to_numpy().min())
+    if smallest < config.views.tile_crop:
+        raise DataError(
+            f"views.tile_crop = {config.views.tile_crop}: {source} has tiles of {smallest} px; lower it, or ingest with a larger "
+            "ingest.scale or a smaller ingest.pixel_size_um"
+        )
+    return index
 
 
 @lru_cache(maxsize=16)

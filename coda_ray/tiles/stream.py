@@ -114,7 +114,7 @@ class _Health:
         """Add one mini-batch."""
         tiles = len(columns["sample"]) * (2 if "partner" in columns else 1)
         bad = int(columns["replaced"].sum())
-        self.read, self.bad = self.read + tiles, self.bad + bad
+        self.read, self.bad = self.read + tiles + bad, self.bad + bad
         if not bad:
             return
         worst = [str(reason) for reason in columns["reason"] if reason]

@@ -145,6 +145,9 @@ def test_unknown_units_plates_and_sources_are_told(tmp_path):
     wrong = world(tmp_path / "w", held_out={"a": "nope"})
     with pytest.raises(DataError, match=r"held_out\.a = 'nope': no such plate; a has ab0p0"):
         plan(wrong, Request("a", "b", "supervised", "source", 0))
+    large = small_config(tmp_path, views={"tile_crop": 33})
+    with pytest.raises(DataError, match=r"views\.tile_crop = 33: a has tiles of 32 px"):
+        plan(large, Request("a", "b", "supervised", "source", 0))
     with pytest.raises(FileNotFoundError, match=r"no finished plate of 'c'"):
         plan(config, Request("a", "c", "supervised", "source", 0))
 

@@ -166,6 +166,17 @@ def wait_until_answered(node, url, token, log):
     raise AssertionError(f"{url} never answered: {log.read_text()}")
 
 
+def submit(address, arguments, environment):
+    """Submit a job; a head that has just started says for a while that it has no agent yet."""
+    command = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", "python", *arguments]
+    for _ in range(30):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        if "No available agent" not in done.stdout + done.stderr:
+            break
+        time.sleep(2)
+    return done
+
+
 @pytest.mark.slow
 def test_ray_job_submit_runs_adapt_and_matrix_unchanged(head, tmp_path):
     environment, address = head
@@ -174,10 +185,7 @@ def test_ray_job_submit_runs_adapt_and_matrix_unchanged(head, tmp_path):
         ["jobs/adapt.py", "--config", str(file), "--source", "a", "--target", "b", "--method", "coda", "--granularity", "batch"],
         ["jobs/matrix.py", "--config", str(file)],
     ):
-        done = subprocess.run(
-            ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", "python", *arguments],
-            cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        done = submit(address, arguments, environment)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "source → target" in done.stdout
     assert set(transfers_of(tmp_path, "submitted")["method"]) == {"supervised", "dual-dino", "dual-cb", "oda", "coda"}

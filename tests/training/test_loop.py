@@ -2,16 +2,21 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ray import cloudpickle
 
 from coda_ray.pipeline.train_stages import classify, pretrain
 from coda_ray.storage import open_place
 from coda_ray.training.checkpoints import read_tensors
 from coda_ray.training.launch import workers_of
 from synthetic import small_config, write_tiles
+
+# Workers of a Ray Train group do not find this module by name.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def weights_of(config, stage):

@@ -26,7 +26,7 @@ from coda_ray.pipeline import networks
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.train_stages import Made, stage_tensors, teacher_of
 from coda_ray.storage import Folder, open_place
-from coda_ray.tiles.store import TileIndex
+from coda_ray.tiles.store import TileIndex, table_bytes
 from coda_ray.training.infer import infer
 from coda_ray.training.loop import Report
 
@@ -122,7 +122,7 @@ def evaluate_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     )
     for number, part in enumerate(outputs):
         columns = {"row": part.rows, "values": list(part.values)}
-        run.folder.write(f"parts/{rank:03d}-{number:05d}.parquet", _parquet(pa.table(columns)))
+        run.folder.write(f"parts/{rank:03d}-{number:05d}.parquet", table_bytes(pa.table(columns)))
     if world > 1:
         barrier()
     if rank:
@@ -167,7 +167,7 @@ def _join(run: EvaluationRun, begun: float) -> dict[str, Any]:
     features = pd.DataFrame(embedding, columns=[f"feature_{i:04d}" for i in range(embedding.shape[1])])
     for name, table in (("predictions", [metadata, predicted, named]), ("embeddings", [metadata, features])):
         frame = pa.Table.from_pandas(pd.concat(table, axis=1), preserve_index=False)
-        run.folder.write(f"{name}.parquet", _parquet(frame))
+        run.folder.write(f"{name}.parquet", table_bytes(frame))
     facts = {"tiles": len(rows), "unreadable": len(run.index) - len(rows), "seconds": round(time.monotonic() - begun, 3)}
     if facts["unreadable"]:
         print(
@@ -176,10 +176,3 @@ def _join(run: EvaluationRun, begun: float) -> dict[str, Any]:
     run.folder.write("done.json", json.dumps(facts, indent=1).encode())
     run.folder.delete("parts")
     return facts
-
-
-def _parquet(table: pa.Table) -> bytes:
-    """Serialise a table."""
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    return sink.getvalue()

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from coda_ray.cluster import start_ray
 from coda_ray.config import Config
-from coda_ray.learn.dino import CollapseError
 from coda_ray.pipeline.data import DataError
 from coda_ray.pipeline.matrix import Outcome, StagesFailedError, run_transfers
 from coda_ray.pipeline.transfer import Request
@@ -56,7 +55,7 @@ def run_job(config: Config, requests: Sequence[Request], *, kind: str, name: str
     except (DataError, FileNotFoundError) as error:
         print(f"{sys.argv[0]}: {error}", file=sys.stderr)
         return 2
-    except (StagesFailedError, CollapseError) as error:
+    except StagesFailedError as error:
         print(f"{sys.argv[0]}: {error}", file=sys.stderr)
         return 1
     _show(console, config, outcome)

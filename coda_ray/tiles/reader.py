@@ -69,17 +69,17 @@ class TileSource:
         images = np.zeros((len(sides), len(samples), len(self.index.channels), self.crop, self.crop), np.uint8)
         bad = np.zeros(len(samples), np.int32)
         reasons = np.full(len(samples), "", object)
-        todo = np.arange(len(samples))
+        pending = np.arange(len(samples))
         for attempt in range(REPLACEMENTS + 1):
             if attempt:
-                others = self.plan.replacement(samples[todo], attempt - 1)
+                others = self.plan.replacement(samples[pending], attempt - 1)
                 for side, other in zip(sides, others, strict=False):
-                    side[todo] = cast(Rows, other)
-            todo = self._fill(sides, todo, images, bad, reasons)
-            if not len(todo) or not self.replace:
+                    side[pending] = cast(Rows, other)
+            pending = self._fill(sides, pending, images, bad, reasons)
+            if not len(pending) or not self.replace:
                 break
         columns: dict[str, NDArray[Any]] = {"sample": samples, "row": anchors, "replaced": bad, "reason": reasons.astype(str)}
-        columns["readable"] = ~np.isin(np.arange(len(samples)), todo)
+        columns["readable"] = ~np.isin(np.arange(len(samples)), pending)
         columns |= dict(zip(("tile", "partner"), images, strict=False))
         if self.labels is not None:
             columns["label"] = self.labels[anchors]
@@ -100,15 +100,15 @@ class TileSource:
         return TileIndex(self.index.frame, near, self.index.channels)
 
     def _fill(
-        self, sides: list[Rows], todo: Rows, images: NDArray[np.uint8], bad: NDArray[np.int32], reasons: NDArray[Any]
+        self, sides: list[Rows], pending: Rows, images: NDArray[np.uint8], bad: NDArray[np.int32], reasons: NDArray[Any]
     ) -> Rows:
         """Read the samples at some places into `images`; count and note what fails, and return those places."""
-        rows = np.concatenate([side[todo] for side in sides])
+        rows = np.concatenate([side[pending] for side in sides])
         found = read_tiles(self._near(rows), rows, self.crop)
         failed = []
-        for number, place in enumerate(todo):
+        for number, place in enumerate(pending):
             errors = []
-            for side, tile in enumerate(found[number :: len(todo)]):
+            for side, tile in enumerate(found[number :: len(pending)]):
                 if isinstance(tile, Exception):
                     errors.append(tile)
                 else:

@@ -268,6 +268,11 @@ def _decode(
 def _parquet(frame: pd.DataFrame, schema: pa.Schema) -> bytes:
     """Serialise a table; a column that is absent becomes null."""
     table = pa.Table.from_pandas(frame.reindex(columns=schema.names), schema=schema, preserve_index=False)
+    return table_bytes(table)
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """Serialise a table as a parquet file."""
     sink = io.BytesIO()
     pq.write_table(table, sink)
     return sink.getvalue()

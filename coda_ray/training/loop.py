@@ -4,7 +4,6 @@ Everything about a run is a function of its step, so a run that is resumed, by R
 driver, continues as if nothing had happened.
 """
 
-import io
 import json
 import logging
 import time
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 import torch
@@ -28,6 +26,7 @@ from coda_ray.learn.schedules import cosine, warmup_cosine
 from coda_ray.storage import Folder
 from coda_ray.tiles.plan import share_of
 from coda_ray.tiles.reader import TileSource
+from coda_ray.tiles.store import table_bytes
 from coda_ray.tiles.stream import minibatches
 from coda_ray.training import checkpoints
 from coda_ray.training.checkpoints import Checkpoint
@@ -287,9 +286,7 @@ class _Worker:
             facts["best"] = self.best
         if self.history:
             facts["last"] = self.history[-1]
-            sink = io.BytesIO()
-            pq.write_table(pa.Table.from_pylist(_rectangular(self.history)), sink)
-            folder.write("history.parquet", sink.getvalue())
+            folder.write("history.parquet", table_bytes(pa.Table.from_pylist(_rectangular(self.history))))
         folder.write("done.json", json.dumps(facts, indent=1).encode())
         folder.delete("checkpoints")
         return facts

@@ -158,7 +158,8 @@ class Model(Section):
     heads: int = Field(4, ge=1)
     """With arch=vit: attention heads."""
     init: str = "imagenet"
-    """Initial weights: `imagenet` (timm, by name), `random`, or a local .safetensors file."""
+    """Initial weights: `imagenet` (timm, by name), `random` (linear layers of std 0.02, as DeiT's), `fan-in` (random, of std
+    1 / sqrt(inputs), in the heads too: for small networks), or a local .safetensors file."""
 
 
 class Views(Section):

@@ -14,6 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from coda_ray.learn.heads import init_fan_in
+
 
 @dataclass(frozen=True)
 class VitSpec:
@@ -145,8 +147,9 @@ def initialise(vit: VisionTransformer, init: str) -> None:
     vit
         As made by `build_vit`.
     init
-        `imagenet`: timm's weights of that name. `random`: the weights that `build_vit` drew. Otherwise the
-        path of a local `.safetensors` file in timm's layout; its classification head (`head.*`) is ignored.
+        `imagenet`: timm's weights of that name. `random`: the weights that `build_vit` drew. `fan-in`: linear
+        layers drawn anew by `init_fan_in`. Otherwise the path of a local `.safetensors` file in timm's layout;
+        its classification head (`head.*`) is ignored.
 
     Raises
     ------
@@ -159,14 +162,17 @@ def initialise(vit: VisionTransformer, init: str) -> None:
     """
     if init == "random":
         return
+    if init == "fan-in":
+        init_fan_in(vit)
+        return
     if init == "imagenet":
         load_exactly(vit, _imagenet(vit), "timm's ImageNet weights")
         return
     path = Path(init)
     if path.suffix != ".safetensors":
-        raise ValueError(f"init = {init!r}: give imagenet, random, or the path of a .safetensors file")
+        raise ValueError(f"init = {init!r}: give imagenet, random, fan-in, or the path of a .safetensors file")
     if not path.is_file():
-        raise FileNotFoundError(f"init = {init!r}: no such file; give imagenet, random, or a .safetensors file")
+        raise FileNotFoundError(f"init = {init!r}: no such file; give imagenet, random, fan-in, or a .safetensors file")
     state = load_file(path)
     load_exactly(vit, {key: value for key, value in state.items() if not key.startswith("head.")}, str(path))
 

@@ -3,7 +3,7 @@
 from coda_ray.config import Config, steps_of
 from coda_ray.learn.dino import CollapseGuard, DinoLoss
 from coda_ray.learn.dual import DualModel
-from coda_ray.learn.heads import DinoHead
+from coda_ray.learn.heads import DinoHead, init_fan_in
 from coda_ray.learn.objectives import DinoObjective, DinoSchedule
 from coda_ray.learn.supervised import SupervisedModel
 from coda_ray.learn.views import ViewRecipe
@@ -29,6 +29,8 @@ def dino_objective(config: Config, *, channels: int, steps: int, steps_per_epoch
     backbone = build_vit(vit_spec(config, channels), drop_path=dino.drop_path)
     initialise(backbone, config.model.init)
     head = DinoHead(backbone.embed_dim, hidden=dino.head_hidden, bottleneck=dino.head_bottleneck, out_dim=dino.out_dim)
+    if config.model.init == "fan-in":
+        init_fan_in(head.mlp)
     schedule = DinoSchedule(
         steps=steps,
         ema_start=dino.ema_start,
@@ -66,6 +68,7 @@ def classifier_model(config: Config, *, channels: int, classes: int, dual: bool)
     spec = vit_spec(config, channels)
     trained = build_vit(spec, drop_path=config.classify.drop_path)
     initialise(trained, config.model.init)
-    if not dual:
-        return SupervisedModel(trained, classes)
-    return DualModel(build_vit(spec, drop_path=0.0), trained, classes)
+    model = DualModel(build_vit(spec, drop_path=0.0), trained, classes) if dual else SupervisedModel(trained, classes)
+    if config.model.init == "fan-in":
+        init_fan_in(model)
+    return model

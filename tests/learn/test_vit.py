@@ -92,6 +92,16 @@ def test_random_keeps_the_weights_that_the_seed_drew() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+def test_fan_in_keeps_the_signal_of_a_small_network():
+    torch.manual_seed(0)
+    vit = build_vit(SMALL, drop_path=0.0)
+    initialise(vit, "fan-in")
+    for layer in vit.modules():
+        if isinstance(layer, torch.nn.Linear):
+            assert layer.weight.std().item() * layer.in_features**0.5 == pytest.approx(1.0, rel=0.1)
+            assert layer.bias is None or not layer.bias.any()
+
+
 def test_a_local_file_is_loaded_without_its_classification_head(tmp_path: Path) -> None:
     origin, fresh = build_vit(SMALL, drop_path=0.0), build_vit(SMALL, drop_path=0.0)
     path = tmp_path / "weights.safetensors"

@@ -2,7 +2,7 @@
 
 import io
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -16,12 +16,19 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
 
 
-def job(name, *arguments):
-    done = subprocess.run(
-        [sys.executable, f"jobs/{name}", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def job(ray_cluster, monkeypatch, capsys):
+    """Run a job in this process, on the Ray that is there; give what it printed."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"jobs/{name}", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "jobs" / name), run_name="__main__")
+        printed = capsys.readouterr()
+        assert not ended.value.code, printed.out + printed.err
+        return printed.out
+
+    return run
 
 
 def small(tmp_path, bucket, **sections):
@@ -40,7 +47,7 @@ def small(tmp_path, bucket, **sections):
     return file
 
 
-def test_a_model_from_simulation_adapts_to_real_fields(tiny_bucket, tmp_path):
+def test_a_model_from_simulation_adapts_to_real_fields(job, tiny_bucket, tmp_path):
     images = real_list(tmp_path / "list.csv")
     file = small(
         tmp_path,
@@ -67,7 +74,7 @@ def test_a_model_from_simulation_adapts_to_real_fields(tiny_bucket, tmp_path):
     assert set(tables[0]["Metadata_Batch"]) == {"Batch1_20221004", "Batch4_20221012"}
 
 
-def test_the_papers_settings_run_at_full_size(tiny_bucket, tmp_path):
+def test_the_papers_settings_run_at_full_size(job, tiny_bucket, tmp_path):
     """Two steps of each stage with configs/paper.yaml: DeiT-S, 224 px views; only the amounts are small."""
     config = yaml.safe_load((ROOT / "configs" / "paper.yaml").read_text())
     bucket = {"bucket": tiny_bucket.place.model_dump(), "metadata": tiny_bucket.metadata.model_dump()}

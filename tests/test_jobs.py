@@ -125,7 +125,7 @@ def head(tmp_path_factory):
     }
     port, dashboard, agent = free_port(), free_port(), free_port()
     # The agent takes jobs in; on its usual port may sit the agent of another Ray of this machine.
-    command = ["ray", "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1", f"--port={port}"]
+    command = ["ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}"]
     command += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--dashboard-agent-listen-port={agent}"]
     command += ["--disable-usage-stats", "--object-store-memory=500000000"]
     said = tmp_path_factory.mktemp("head") / "head.log"

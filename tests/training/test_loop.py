@@ -122,24 +122,33 @@ def test_a_falling_range_of_workers_is_refused():
         workers_of(small_config(Path("x"), train={"workers": "4-2"}).train)
 
 
-@pytest.mark.slow
-def test_two_workers_learn_what_one_learns(ray_cluster, tmp_path):
-    first, second = configs(tmp_path, dino={"drop_path": 0.0}, views={"jitter_probability": 0.0})
-    two = second.model_copy(update={"train": second.train.model_copy(update={"workers": "2"})})
+def on(config, workers):
+    return config.model_copy(update={"train": config.train.model_copy(update={"workers": workers})})
+
+
+@pytest.fixture(scope="module")
+def alone(ray_cluster, tmp_path_factory):
+    """A run inside one task, and a configuration of the same run with results of its own."""
+    root = tmp_path_factory.mktemp("groups")
+    first, second = configs(root, dino={"drop_path": 0.0}, views={"jitter_probability": 0.0})
     stage = pretrain(first, "s", cross_batch=True, seed=0)
     stage.run(first, None)
-    facts = pretrain(two, "s", cross_batch=True, seed=0).run(two, None)
-    assert facts["workers"] == 2
-    assert_same(weights_of(first, stage), weights_of(two, stage), tolerance=2e-3)
+    return weights_of(first, stage), second
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_changes_nothing(ray_cluster, tmp_path):
-    first, second = configs(tmp_path)
-    one = {"train": first.train.model_copy(update={"workers": "1"})}
-    first, second = first.model_copy(update=one), second.model_copy(update=one)
-    stage = pretrain(first, "s", cross_batch=True, seed=0)
-    stage.run(first, None)
-    stage.run(second, Breaks(tmp_path / "died", 5, "exit"))
+def test_an_elastic_group_learns_what_one_worker_learns(alone):
+    weights, config = alone
+    stage = pretrain(config, "s", cross_batch=True, seed=0)
+    assert stage.run(on(config, "1-2"), None)["workers"] == 2
+    assert_same(weights, weights_of(config, stage), tolerance=2e-3)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_changes_nothing(alone, tmp_path):
+    weights, config = alone
+    config = config.model_copy(update={"results": config.results.model_copy(update={"address": str(tmp_path)})})
+    stage = pretrain(config, "s", cross_batch=True, seed=0)
+    stage.run(on(config, "1"), Breaks(tmp_path / "died", 5, "exit"))
     assert (tmp_path / "died").exists()
-    assert_same(weights_of(first, stage), weights_of(second, stage))
+    assert_same(weights, weights_of(config, stage))

@@ -27,7 +27,7 @@ class SimulateSettings(Section):
     """Untreated wells on a plate."""
     sites_per_well: int = Field(2, ge=1)
     """Fields of view per well."""
-    field_px: int = Field(192, ge=32)
+    field_px: int = Field(256, ge=32)
     """Side of a raw image (px of about 0.65 µm)."""
     defects: bool = False
     """Plant the defects of real buckets and list them in defects.json."""

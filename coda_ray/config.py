@@ -469,11 +469,16 @@ def build_config(
     )
     values = _read_yaml(file)
     try:
-        source: CliSettingsSource[Any] = CliSettingsSource(Job, root_parser=parser, cli_parse_args=list(overrides))
+        source: CliSettingsSource[Any] = CliSettingsSource(Job, root_parser=parser, cli_parse_args=_dashed(overrides))
         job = Job(_cli_settings_source=source, **values)
     except ValidationError as error:
         raise ConfigError(_explain(error, model)) from None
     return model.model_validate(job.model_dump())
+
+
+def _dashed(arguments: Sequence[str]) -> list[str]:
+    """Spell names of options with dashes, so that the names of the YAML file work as well."""
+    return [re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), argument) for argument in arguments]
 
 
 def dump_config(config: BaseModel) -> str:

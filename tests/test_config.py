@@ -17,7 +17,7 @@ def test_defaults_are_the_papers():
 def test_overrides_win_over_the_file(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump({"adapt": {"lr": 3e-4, "minibatch": 8}, "held_out": {"a": "p1"}}))
-    config = build_config(Config, str(file), ["--adapt.lr", "5e-4", "--adapt.no-partner", "same-image", "--pretrain.steps", "30"])
+    config = build_config(Config, str(file), ["--adapt.lr", "5e-4", "--adapt.no_partner", "same-image", "--pretrain.steps=30"])
     assert (config.adapt.lr, config.adapt.minibatch, config.adapt.no_partner) == (5e-4, 8, "same-image")
     assert config.pretrain.steps == 30
     assert config.held_out == {"a": "p1"}

@@ -2,11 +2,15 @@
 
 import logging
 import os
+from typing import Any
 
 import ray
 from ray.data import DataContext
 
 LOCAL_OBJECT_STORE_BYTES = 2_000_000_000
+LOCAL_STARTS = 3
+
+log = logging.getLogger(__name__)
 
 
 def start_ray() -> None:
@@ -23,10 +27,40 @@ def start_ray() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
     else:
-        ray.init(
-            address="local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, logging_level=logging.WARNING
-        )
+        start_local(object_store_memory=LOCAL_OBJECT_STORE_BYTES, logging_level=logging.WARNING)
     quieten()
+
+
+def start_local(**options: Any) -> None:
+    """Start Ray on this machine, again if it is too busy for the first try.
+
+    Ray's node gives up when its agent needs more than 15 s to start (https://github.com/ray-project/ray/issues/65983); the
+    next start finds its files in memory.
+
+    Parameters
+    ----------
+    **options
+        Of `ray.init`.
+
+    Raises
+    ------
+    RuntimeError
+        When it did not start in `LOCAL_STARTS` tries.
+    """
+    for left in reversed(range(LOCAL_STARTS)):
+        try:
+            ray.init(address="local", include_dashboard=False, **options)
+            return
+        except Exception as error:
+            # Ray raises the bare class.
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if not left:
+                raise RuntimeError(
+                    f"Ray did not start on this machine in {LOCAL_STARTS} tries; stop what else runs, or submit to a cluster"
+                ) from error
+            log.warning("Ray did not start in time, because this machine is busy; trying again")
 
 
 def quieten() -> None:

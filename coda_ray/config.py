@@ -6,20 +6,25 @@ they are the settings of the CODA paper (WACV 2024, arXiv 2311.12623) wherever t
 
 import argparse
 import difflib
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 CHANNELS = ("DNA", "ER", "RNA", "AGP", "Mito")
 Channel = Literal["DNA", "ER", "RNA", "AGP", "Mito"]
 Granularity = Literal["source", "batch", "plate"]
 Method = Literal["supervised", "dual-dino", "dual-cb", "oda", "coda"]
+# Ray's job supervisor sets it for the driver of a submitted job, and for nothing else.
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 class Section(BaseModel):
@@ -28,12 +33,68 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
 
+def _absolute(folder: str, info: ValidationInfo) -> str:
+    """Make a folder absolute where a job's configuration is built, because other processes stand in other folders."""
+    if not info.context:
+        return folder
+    path = Path(folder).expanduser()
+    if not path.is_absolute() and SUBMITTED in os.environ:
+        raise ValueError(
+            "a submitted job runs in a copy of the working directory that Ray deletes; give an absolute folder "
+            "(for tiles and results one that every node reaches) or an s3:// address"
+        )
+    return str(path.absolute())
+
+
+def _check_folder(value: str, info: ValidationInfo) -> str:
+    """Accept a folder."""
+    if "://" in value:
+        raise ValueError("give a folder")
+    return _absolute(value, info)
+
+
+def _check_address(value: str, info: ValidationInfo) -> str:
+    """Accept what `storage.open_place` opens."""
+    scheme, separator, rest = value.partition("://")
+    if not separator or scheme == "file":
+        return _absolute(rest if separator else value, info)
+    if scheme != "s3":
+        raise ValueError("only s3://bucket/prefix and folders are known; correct the scheme")
+    # A secret key may hold slashes.
+    if re.match(r"[^/]*(@|:.*@)", rest):
+        raise _keys_found()
+    return value
+
+
+def _check_endpoint(value: str) -> str:
+    """Accept a URL without a user."""
+    if "@" in value:
+        raise _keys_found()
+    return value
+
+
+# Type of the error whose message does not repeat the value: what is refused must not be shown either.
+_KEYS = "keys"
+
+
+def _keys_found() -> PydanticCustomError:
+    """Configurations are stored and shown, so keys have no place in them."""
+    return PydanticCustomError(
+        _KEYS, "there is a user or a password before '@'; keys come from the environment (AWS_ACCESS_KEY_ID, ...)"
+    )
+
+
+Address = Annotated[str, Field(min_length=1), AfterValidator(_check_address)]
+LocalFolder = Annotated[str, Field(min_length=1), AfterValidator(_check_folder)]
+EndpointUrl = Annotated[str, AfterValidator(_check_endpoint)]
+
+
 class Place(Section):
     """An address in storage. Keys come from the environment (AWS_ACCESS_KEY_ID, ...), never from here."""
 
-    address: str = Field(min_length=1)
+    address: Address
     """`s3://bucket/prefix` or a folder."""
-    endpoint_url: str | None = None
+    endpoint_url: EndpointUrl | None = None
     """URL of an S3-compatible server; unset means AWS itself."""
     anonymous: bool = False
     """Send unsigned requests (public buckets)."""
@@ -135,7 +196,7 @@ class Stream(Section):
     """Read tasks of one worker at a time; they wait for storage and reserve no CPU."""
     prefetch: int = Field(2, ge=0)
     """Mini-batches held ready per worker."""
-    cache: str | None = None
+    cache: LocalFolder | None = None
     """Folder on each node's own disk where shards are kept once read; it grows to the size of the tiles used. Unset asks
     storage for every tile."""
     segment_steps: int = Field(2000, ge=1)
@@ -160,6 +221,12 @@ class Model(Section):
     init: str = "imagenet"
     """Initial weights: `imagenet` (timm, by name), `random` (linear layers of std 0.02, as DeiT's), `fan-in` (random, of std
     1 / sqrt(inputs), in the heads too: for small networks), or a local .safetensors file."""
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> Self:
+        if self.arch == "vit" and self.width % self.heads:
+            raise ValueError(f"model.width = {self.width} is no multiple of model.heads = {self.heads}")
+        return self
 
 
 class Views(Section):
@@ -277,6 +344,9 @@ class Classify(Optimisation):
 class Adapt(Optimisation):
     """The label-free stage on the target: DINO continues on the feature extractor alone."""
 
+    minibatch_unit: int | None = Field(None, ge=1)
+    """Samples per step when a batch or a plate is adapted to (64 in the paper); unset: as minibatch. The number of steps is
+    counted by minibatch at every granularity."""
     no_partner: Literal["error", "same-image"] = "error"
     """A compound that has no tile in another batch: stop before training, or pair the tile with itself."""
     partner_pool: Literal["source", "unit"] = "source"
@@ -304,6 +374,19 @@ class Train(Section):
     """Steps between k-NN scores of the teacher in pre-training (source labels); 0 turns them off."""
     max_failures: int = Field(3, ge=0)
     """How often a stage restarts after losing a worker."""
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Least and most workers of a stage; both 0 inside one Ray task."""
+        low, _, high = self.workers.partition("-")
+        return int(low), int(high or low)
+
+    @model_validator(mode="after")
+    def _rising_workers(self) -> Self:
+        low, high = self.worker_range
+        if low > high or low == 0 < high:
+            raise ValueError(f"train.workers = {self.workers!r}: give 0, a number, or a rising range from 1, such as 1-4")
+        return self
 
 
 class Evaluate(Section):
@@ -333,7 +416,7 @@ class Matrix(Section):
     """Rows of the result matrix."""
     granularities: list[Granularity] = ["source"]
     """Units of adaptation."""
-    seeds: list[int] = [0]
+    seeds: list[Annotated[int, Field(ge=0)]] = [0]
     """Seeds; the matrix shows mean and standard deviation over them."""
 
 
@@ -384,12 +467,53 @@ class Config(Section):
                 raise ValueError(f"views.{name} = {getattr(self.views, name)} is no multiple of the model's patch of {patch} px")
         return self
 
+    @model_validator(mode="after")
+    def _samples_for_every_worker(self) -> Self:
+        most = max(1, self.train.worker_range[1])
+        for stage, field in (
+            ("pretrain", "minibatch"),
+            ("classify", "minibatch"),
+            ("adapt", "minibatch"),
+            ("adapt", "minibatch_unit"),
+        ):
+            koleo = self.dino.koleo_weight > 0 and stage != "classify"
+            least, given = (2 if koleo else 1) * most, getattr(getattr(self, stage), field)
+            if given is not None and given < least:
+                why = f"{most} worker(s) of train.workers" + (" and 2 samples for each, by dino.koleo_weight," if koleo else "")
+                raise ValueError(f"{stage}.{field} = {given}: {why} need {least} or more")
+        return self
+
 
 C = TypeVar("C", bound=BaseModel)
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; its text names field, value and remedy."""
+
+
+@contextmanager
+def told_in_one_line(prog: str, *more: type[Exception]) -> Iterator[None]:
+    """End the process with one message, instead of a traceback, after an error that a person can mend.
+
+    Parameters
+    ----------
+    prog
+        Name of the job.
+    more
+        Exceptions with such a text, besides ValueError and OSError.
+
+    Raises
+    ------
+    SystemExit
+        With code 2 after a ConfigError, else with code 1.
+    """
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, *more)
+    try:
+        yield
+    except expected as error:
+        # An error inside a Ray task carries the remote traceback in its text; its cause does not.
+        print(f"{prog}: {getattr(error, 'cause', None) or error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
 
 
 def parse_job(model: type[C], argv: Sequence[str] | None = None, *, prog: str, description: str) -> C:
@@ -441,6 +565,8 @@ def build_config(
 ) -> C:
     """Build a checked configuration from a YAML file and dotted overrides.
 
+    Relative folders become absolute here, against the current directory, once and for every process of the job.
+
     Raises
     ------
     ConfigError
@@ -468,12 +594,25 @@ def build_config(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     values = _read_yaml(file)
+    given: dict[str, Any] = {}
+
+    def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+        namespace, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            raise ConfigError(_explain_unknown(unknown, list(parser._option_string_actions)))
+        given.update(vars(namespace))
+        return namespace
+
     try:
-        source: CliSettingsSource[Any] = CliSettingsSource(Job, root_parser=parser, cli_parse_args=_dashed(overrides))
+        source: CliSettingsSource[Any] = CliSettingsSource(
+            Job, root_parser=parser, cli_parse_args=_dashed(overrides), parse_args_method=parse
+        )
         job = Job(_cli_settings_source=source, **values)
+        return model.model_validate(job.model_dump(), context={"job": True})
     except ValidationError as error:
         raise ConfigError(_explain(error, model)) from None
-    return model.model_validate(job.model_dump())
+    except SettingsError as error:
+        raise ConfigError(_explain_unread(error, given)) from None
 
 
 def _dashed(arguments: Sequence[str]) -> list[str]:
@@ -505,8 +644,8 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One line per wrong field: name, value, what is expected, how to give it."""
     lines = []
     for problem in error.errors(include_url=False):
-        path = [str(part) for part in problem["loc"]]
-        name = ".".join(part for part in path if part not in ("int", "str")) or "config"
+        path = [part for part in problem["loc"] if isinstance(part, str) and part not in ("int", "str")]
+        name = ".".join(path) or "config"
         option = f"--{name.replace('_', '-')}"
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
@@ -515,10 +654,37 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         elif problem["type"] == "missing":
             lines.append(f"{name} is missing; remedy: give {option}, or {name} in the configuration file")
             continue
+        elif problem["type"] == "value_error" and isinstance(problem["input"], (dict, BaseModel)):
+            # A rule about several fields; its text names them.
+            lines.append(f"{message}; remedy: correct the option or the configuration file (see --help)")
+            continue
         value = problem["input"]
-        shown = "" if isinstance(value, (dict, BaseModel)) else f" = {value!r}"
+        shown = "" if problem["type"] in (_KEYS, "extra_forbidden") or isinstance(value, dict) else f" = {value!r}"
         lines.append(f"{name}{shown}: {message}; remedy: correct {option} or the configuration file (see --help)")
     return "\n".join(lines)
+
+
+def _explain_unknown(arguments: Sequence[str], options: Sequence[str]) -> str:
+    """One line per option that does not exist, with the nearest that does; values may hold secrets and stay out."""
+    names = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+    lines = []
+    for name in names:
+        near = difflib.get_close_matches(name, options, n=1)
+        lines.append(f"{name}: there is no such option; remedy: {f'did you mean {near[0]}?' if near else 'see --help'}")
+    return "\n".join(lines) or f"{arguments[0]!r} belongs to no option; remedy: write --section.field VALUE (see --help)"
+
+
+def _explain_unread(error: SettingsError, given: dict[str, Any]) -> str:
+    """One line for an option whose text is no list, mapping or section."""
+    named = re.search(r'(?:encountered for |value for field ")([\w.]+)', str(error))
+    if not named:
+        return str(error)
+    value = given.get(named[1])
+    shown = " ".join(value) if isinstance(value, list) else value
+    return (
+        f"{named[1]} = {shown!r}: cannot be read; remedy: give --{named[1].replace('_', '-')} a list as a,b or [a,b], "
+        "a mapping as name=value (see --help)"
+    )
 
 
 def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:

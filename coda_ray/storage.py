@@ -10,11 +10,19 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar, cast
 from uuid import uuid4
 
 import fsspec
+from botocore.exceptions import (  # type: ignore[import-untyped]
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+)
 from fsspec.implementations.local import LocalFileSystem
 
 from coda_ray.config import Place
@@ -41,6 +49,15 @@ class Folder:
 
     fs: Any
     root: str
+
+    def __post_init__(self) -> None:
+        """Leave the retries to `retrying`: s3fs alone would try a broken connection 25 times before that."""
+        if not self.is_local:
+            self.fs.retries = 1
+
+    def __reduce__(self) -> tuple[type["Folder"], tuple[Any, str]]:
+        """Pickle as a call, so that the above holds in every process."""
+        return Folder, (self.fs, self.root)
 
     @property
     def is_local(self) -> bool:
@@ -92,33 +109,34 @@ class Folder:
         return retrying(lambda: cast(bytes, self.fs.cat_file(address.removeprefix("s3://"))), address)
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes | Exception]:
-        """Read byte ranges `(relative path, start, end)` concurrently; a range that fails is returned as its error."""
+        """Read byte ranges `(relative path, start, end)` concurrently.
+
+        Returns
+        -------
+        list
+            The bytes of each range, fewer where the file ends before it; or the error of one whose file is not there.
+
+        Raises
+        ------
+        OSError
+            When permission or network errors outlast the retries.
+        """
         results = self._cat_ranges(ranges)
-        for i, result in enumerate(results):
-            if isinstance(result, Exception) and not isinstance(result, FINAL):
-                results[i] = self._read_again(ranges[i], result)
+        for attempt in count(1):
+            failed = [i for i, result in enumerate(results) if isinstance(result, Exception) and not isinstance(result, FINAL)]
+            if not failed:
+                break
+            first = failed[0]
+            _wait_or_raise(cast(Exception, results[first]), attempt, self.address(ranges[first][0]))
+            for i, again in zip(failed, self._cat_ranges([ranges[i] for i in failed]), strict=True):
+                results[i] = again
         return results
 
     def _cat_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes | Exception]:
         """One concurrent attempt at every range."""
         paths, starts, ends = (list(column) for column in zip(*ranges, strict=True)) if ranges else ([], [], [])
         found = self.fs.cat_ranges([self.path(path) for path in paths], starts, ends, on_error="return")
-        return list(found)
-
-    def _read_again(self, wanted: tuple[str, int, int], first: Exception) -> bytes | Exception:
-        """Retry one range with back-off."""
-
-        def attempt() -> bytes:
-            (found,) = self._cat_ranges([wanted])
-            if isinstance(found, Exception):
-                raise found
-            return found
-
-        log.debug("reading %s again after %r", self.address(wanted[0]), first)
-        try:
-            return retrying(attempt, self.address(wanted[0]))
-        except Exception as error:  # the caller decides, range by range
-            return error
+        return [b"" if _is_past_the_end(result) else result for result in found]
 
     def write(self, relative: str, data: bytes) -> None:
         """Write a whole file, so that a reader sees the old one, the new one, and nothing between."""
@@ -178,8 +196,10 @@ def open_place(place: Place) -> Folder:
             # Other S3 servers answer errors to, or store, the checksum trailers that AWS alone understands.
             "request_checksum_calculation": "when_required",
             "response_checksum_validation": "when_required",
+            # Each of our attempts is up to four requests with up to 7 s between them, so that a server that goes on answering
+            # errors is given up within a minute (5 x 7 s, and 15 s of ours); one that never answers, within a quarter of an hour.
             "connect_timeout": 20,
-            "read_timeout": 60,
+            "read_timeout": 30,
             "retries": {"max_attempts": 3, "mode": "standard"},
         },
         **options,
@@ -201,18 +221,46 @@ def retrying(call: Callable[[], T], what: str) -> T:
     ------
     FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError
         At once.
+    PermissionError
+        At once, where there are no keys.
     OSError
-        After the last attempt, naming the address.
+        After the last attempt. Both name the address.
     """
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in count(1):
         try:
             return call()
         except FINAL:
             raise
-        except (OSError, TimeoutError) as error:
-            if attempt == ATTEMPTS:
-                raise OSError(f"{what}: gave up after {ATTEMPTS} attempts: {type(error).__name__}: {error}") from error
-            wait = FIRST_WAIT_S * 2 ** (attempt - 1) * (1 + random.random())  # noqa: S311 (jitter, not a secret)
-            log.warning("%s: %s: %s; attempt %d of %d in %.1f s", what, type(error).__name__, error, attempt + 1, ATTEMPTS, wait)
-            time.sleep(wait)
+        except Exception as error:
+            _wait_or_raise(error, attempt, what)
     raise AssertionError("unreachable")
+
+
+def _wait_or_raise(error: Exception, attempt: int, what: str) -> None:
+    """Wait before the next attempt; raise an error that another attempt cannot mend, or when there was the last one."""
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        raise PermissionError(
+            f"{what}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or, for a public bucket, bucket.anonymous=true"
+        ) from error
+    if not isinstance(error, _storage_errors()):
+        raise error
+    if attempt == ATTEMPTS:
+        raise OSError(f"{what}: gave up after {ATTEMPTS} attempts: {type(error).__name__}: {error}") from error
+    wait = FIRST_WAIT_S * 2 ** (attempt - 1) * (1 + random.random())  # noqa: S311 (jitter, not a secret)
+    log.warning("%s: %s: %s; attempt %d of %d in %.1f s", what, type(error).__name__, error, attempt + 1, ATTEMPTS, wait)
+    time.sleep(wait)
+
+
+@cache
+def _storage_errors() -> tuple[type[Exception], ...]:
+    """Errors of permission and network; some are looked up here, because their libraries take long to import."""
+    from aiohttp import ClientError as ConnectionBrokenError
+    from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
+
+    return OSError, BotoCoreError, ConnectionBrokenError, ResponseParserError
+
+
+def _is_past_the_end(result: bytes | Exception) -> bool:
+    """Whether an S3 server refused a range because the file ends before it; a folder gives no bytes."""
+    cause = result.__cause__ if isinstance(result, OSError) else None
+    return isinstance(cause, ClientError) and cause.response["Error"].get("Code") in ("InvalidRange", "416")

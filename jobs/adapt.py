@@ -2,7 +2,9 @@
 
 import sys
 
-from coda_ray.config import Config, Granularity, Method, parse_job
+from pydantic import Field
+
+from coda_ray.config import Config, Granularity, Method, parse_job, told_in_one_line
 
 
 class AdaptJob(Config):
@@ -16,7 +18,7 @@ class AdaptJob(Config):
     """Row of the result matrix; oda and coda adapt, the others are scored as they are."""
     granularity: Granularity = "source"
     """Unit of adaptation: the whole target, each of its batches, or each of its plates."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of weights, samples and views."""
 
 
@@ -28,7 +30,8 @@ def main() -> int:
 
     request = Request(job.source, job.target, job.method, job.granularity, job.seed)
     name = f"{job.method} {job.source} to {job.target}, per {job.granularity}, seed {job.seed}"
-    return run_job(job, [request], kind="adapt", name=name)
+    with told_in_one_line("jobs/adapt.py"):
+        return run_job(job, [request], kind="adapt", name=name)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,16 @@
 Everything lands in `demo/`; a second run does only what is missing.
 """
 
+import json
 import os
 import secrets
 import sys
 from pathlib import Path
 
-from coda_ray.config import Config, Section, build_config, parse_job
+from pydantic import Field
+
+from coda_ray.config import Config, ConfigError, Place, Section, build_config, parse_job, told_in_one_line
+from coda_ray.jump.simulate.settings import PRESETS, SIMULATOR_VERSION, SimulateSettings
 
 ROOT = Path("demo")
 
@@ -16,53 +20,84 @@ ROOT = Path("demo")
 class DemoJob(Section):
     """Configuration of jobs/demo.py; configs/demo.yaml holds the rest."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of the simulated world."""
 
 
 def main() -> int:
     """Run the job."""
     job = parse_job(DemoJob, prog="jobs/demo.py", description=__doc__ or "")
+    # RuntimeError: an ingest that stopped, or a server that did not start.
+    with told_in_one_line("jobs/demo.py", RuntimeError):
+        return _run(PRESETS["demo"].model_copy(update={"seed": job.seed}))
+
+
+def _run(settings: SimulateSettings) -> int:
+    """Go the whole way."""
+    config = build_config(Config, "configs/demo.yaml")
+    gallery, lab = ROOT / "bucket", ROOT / "lab"
+    bucket = gallery / "cellpainting-gallery"
+    is_there = _is_there(bucket, settings)
+    key = _own_keys()
+    from coda_ray.cluster import start_ray
     from coda_ray.jump.simulate.serve import serve_folder
 
-    gallery, lab = ROOT / "bucket", ROOT / "lab"
-    # One public bucket, read only, and one that asks for keys, as a laboratory has them.
-    key = os.environ.setdefault("AWS_ACCESS_KEY_ID", secrets.token_hex(10))
-    secret = os.environ.setdefault("AWS_SECRET_ACCESS_KEY", secrets.token_hex(20))
-    from coda_ray.cluster import start_ray
-
     start_ray()
-    _simulate(gallery / "cellpainting-gallery", job.seed)
+    if is_there:
+        print(f"simulated bucket: {bucket} is there", flush=True)
+    else:
+        _simulate(bucket, settings)
     (lab / "tiles").mkdir(parents=True, exist_ok=True)
-    with serve_folder(gallery, read_only=True) as public, serve_folder(lab, key=(key, secret)) as private:
+    # One public bucket, read only, and one that asks for keys, as a laboratory has them.
+    with serve_folder(gallery, read_only=True) as public, serve_folder(lab, key=key) as private:
         print(f"S3 on loopback: images at {public} (anonymous), tiles at {private} (with keys)", flush=True)
-        bucket = "s3://cellpainting-gallery"
-        overrides = {
-            "--bucket.address": bucket,
-            "--bucket.anonymous": "true",
-            "--bucket.endpoint-url": public,
-            "--metadata.address": f"{bucket}/metadata",
-            "--metadata.anonymous": "true",
-            "--metadata.endpoint-url": public,
-            "--tiles.address": "s3://tiles",
-            "--tiles.endpoint-url": private,
-            "--stream.cache": str((ROOT / "cache").resolve()),
-        }
-        config = build_config(Config, "configs/demo.yaml", [part for pair in overrides.items() for part in pair])
+        images = Place(address="s3://cellpainting-gallery", anonymous=True, endpoint_url=public)
+        config = config.model_copy(
+            update={
+                "bucket": images,
+                "metadata": images.model_copy(update={"address": f"{images.address}/metadata"}),
+                "tiles": Place(address="s3://tiles", endpoint_url=private),
+                "stream": config.stream.model_copy(update={"cache": str((ROOT / "cache").absolute())}),
+            }
+        )
         return _ingest(config) or _matrix(config)
 
 
-def _simulate(bucket: Path, seed: int) -> None:
-    """Write the bucket, unless it is there already."""
-    from coda_ray.config import Place
+def _is_there(bucket: Path, settings: SimulateSettings) -> bool:
+    """Whether the bucket was written already.
+
+    Raises
+    ------
+    ConfigError
+        When it was written with other settings, or by another version of the simulator.
+    """
+    file = bucket / "simulation.json"
+    if not file.exists():
+        return False
+    record = json.loads(file.read_text(encoding="utf-8"))
+    found = {"version": record["version"], **record["settings"]}
+    wanted = {"version": SIMULATOR_VERSION, **settings.model_dump(mode="json")}
+    others = [f"{name} {found.get(name)}, not {value}" for name, value in wanted.items() if found.get(name) != value]
+    if others:
+        raise ConfigError(f"{bucket.parent} holds another world ({'; '.join(others)}); run make clean")
+    return True
+
+
+def _own_keys() -> tuple[str, str]:
+    """Draw keys for the demo's own server; its processes never hold the keys of the person who runs it."""
+    # Only a Ray that is started here gets them.
+    for name in ("AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_PROFILE", "RAY_ADDRESS"):
+        os.environ.pop(name, None)
+    key = secrets.token_hex(10), secrets.token_hex(20)
+    os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"] = key
+    return key
+
+
+def _simulate(bucket: Path, settings: SimulateSettings) -> None:
+    """Write the bucket."""
     from coda_ray.jump.simulate.bucket import write_bucket
-    from coda_ray.jump.simulate.settings import PRESETS
     from coda_ray.progress import progress_bar
 
-    if (bucket / "simulation.json").exists():
-        print(f"simulated bucket: {bucket} is there", flush=True)
-        return
-    settings = PRESETS["demo"].model_copy(update={"seed": seed})
     with progress_bar("simulating", "sites") as progress:
         print(write_bucket(settings, Place(address=str(bucket)), progress), flush=True)
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from coda_ray.config import Config, parse_job
+from coda_ray.config import Config, parse_job, told_in_one_line
 
 
 def main() -> int:
@@ -12,13 +12,10 @@ def main() -> int:
     from coda_ray.jump.ingest import IngestError, run_ingest
     from coda_ray.progress import progress_bar
 
-    start_ray()
-    try:
+    with told_in_one_line("jobs/ingest.py", IngestError):
+        start_ray()
         with progress_bar("ingesting", "sites") as show:
             summary = run_ingest(config, lambda now: show(now.sites_done, now.sites_total))
-    except (IngestError, ValueError, OSError) as error:
-        print(f"jobs/ingest.py: {error}", file=sys.stderr)
-        return 1
     print(summary.text())
     return 0
 

@@ -6,16 +6,16 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from coda_ray.config import Place, parse_job
+from coda_ray.config import Address, EndpointUrl, Place, parse_job, told_in_one_line
 from coda_ray.jump.simulate.settings import PRESETS, SimulateSettings
 
 
 class SimulateJob(SimulateSettings):
     """Configuration of jobs/simulate.py; the preset gives every field that is not given itself."""
 
-    out: str
+    out: Address
     """`s3://bucket` or a folder to write to."""
-    endpoint_url: str | None = None
+    endpoint_url: EndpointUrl | None = None
     """URL of an S3-compatible server; unset means AWS itself."""
     preset: Literal["tiny", "demo", "bench"] = "demo"
     """Size: tiny for tests, demo for a first look, bench with full-size fields; the defaults shown here are demo's."""
@@ -34,10 +34,10 @@ def main() -> int:
     from coda_ray.jump.simulate.bucket import write_bucket
     from coda_ray.progress import progress_bar
 
-    start_ray()
     settings = SimulateSettings.model_validate(job.model_dump(include=set(SimulateSettings.model_fields)))
     begun = time.monotonic()
-    with progress_bar("simulating", "sites") as progress:
+    with told_in_one_line("jobs/simulate.py"), progress_bar("simulating", "sites") as progress:
+        start_ray()
         summary = write_bucket(settings, Place(address=job.out, endpoint_url=job.endpoint_url), progress)
     print(f"{job.out}: {summary}, {time.monotonic() - begun:.0f} s")
     return 0

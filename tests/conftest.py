@@ -43,14 +43,9 @@ def ray_cluster():
 
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=500_000_000,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    from coda_ray.cluster import start_local
+
+    start_local(num_cpus=4, object_store_memory=500_000_000, logging_level=logging.ERROR, log_to_driver=False)
     # Importing ray.data sets its log level.
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)

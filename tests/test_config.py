@@ -4,7 +4,7 @@ import sys
 import pytest
 import yaml
 
-from coda_ray.config import Config, ConfigError, build_config, dump_config, parse_job, steps_of
+from coda_ray.config import SUBMITTED, Config, ConfigError, build_config, dump_config, parse_job, steps_of, told_in_one_line
 
 
 def test_defaults_are_the_papers():
@@ -38,6 +38,19 @@ def test_a_dumped_config_reads_back(tmp_path):
         (["--views.size-local", "500"], r"size_local <= size_global <= tile_crop"),
         (["--views.size-local", "90"], r"views\.size_local = 90 is no multiple of the model's patch of 16 px"),
         (["--train.workers", "two"], r"train\.workers = 'two'"),
+        (["--train.workers", "4-2"], r"train\.workers = '4-2': give 0"),
+        (["--train.workers", "0-3"], r"train\.workers = '0-3': give 0"),
+        (["--train.workers", "1-4", "--classify.minibatch", "3"], r"classify\.minibatch = 3: 4 worker.* need 4"),
+        (["--train.workers", "2", "--adapt.minibatch-unit", "1"], r"adapt\.minibatch_unit = 1: 2 worker"),
+        (["--dino.koleo-weight", "0.1", "--pretrain.minibatch", "1"], r"pretrain\.minibatch = 1: .*koleo_weight, need 2"),
+        (["--model.arch", "vit", "--model.heads", "5"], r"model\.width = \d+ is no multiple of model\.heads = 5"),
+        (["--matrix.seeds", "[0,"], r"matrix\.seeds = '\[0,'.*--matrix\.seeds"),
+        (["--matrix.seeds", "0,-1"], r"matrix\.seeds = -1: .*greater than or equal to 0.*--matrix\.seeds "),
+        (["--held-out", "a"], r"held_out = 'a'.*--held-out.*name=value"),
+        (["--tiles.address", "gs://b/x"], r"tiles\.address = 'gs://b/x': only s3://.*--tiles\.address"),
+        (["--stream.cache", "s3://b/x"], r"stream\.cache = 's3://b/x'"),
+        (["--adapt.minibach", "3", "--adapt.lrr=4"], r"--adapt\.minibach: .*did you mean --adapt\.minibatch\?\n--adapt\.lrr: "),
+        (["stray"], r"'stray' belongs to no option"),
     ],
 )
 def test_a_wrong_value_is_told_with_field_value_and_remedy(overrides, told):
@@ -50,6 +63,63 @@ def test_an_unknown_field_gets_its_nearest_name(tmp_path):
     file.write_text("adapt: {lrate: 1.0, minibach: 3}")
     with pytest.raises(ConfigError, match=r"adapt\.minibach.*did you mean 'minibatch'"):
         build_config(Config, str(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("endpoint-url", "http://user:pass@host:9000"),
+        ("endpoint-url", "http://user:pa/ss@host"),
+        ("address", "s3://user:pass@bucket/x"),
+        ("address", "s3://user:pa/ss@bucket/x"),
+    ],
+)
+def test_keys_in_an_address_are_refused_and_not_repeated(name, value):
+    with pytest.raises(ConfigError, match=rf"tiles\.{name.replace('-', '_')}: .*keys come from the environment") as refusal:
+        build_config(Config, None, [f"--tiles.{name}", value])
+    assert "user:" not in str(refusal.value)
+    assert "ss@" not in str(refusal.value)
+
+
+def test_relative_folders_become_absolute_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    overrides = ["--tiles.address", "~/tiles", "--bucket.address", "s3://b/x@y", "--stream.cache", "cache"]
+    config = build_config(Config, None, overrides)
+    assert (config.results.address, config.metadata.address) == (str(tmp_path / "results"), str(tmp_path / "metadata"))
+    assert (config.tiles.address, config.bucket.address) == ("/home/someone/tiles", "s3://b/x@y")
+    assert config.stream.cache == str(tmp_path / "cache")
+    assert build_config(Config, None, ["--tiles.address", "file:///t"]).tiles.address == "/t"
+    assert Config(results={"address": "r"}).results.address == "r"
+
+
+def test_a_submitted_job_refuses_relative_folders(monkeypatch):
+    monkeypatch.setenv(SUBMITTED, "{}")
+    shared = ["--metadata.address", "/m", "--tiles.address", "s3://b/tiles"]
+    with pytest.raises(ConfigError, match=r"^results\.address = 'results': .*absolute.*--results\.address[^\n]*$"):
+        build_config(Config, None, shared)
+    assert build_config(Config, None, [*shared, "--results.address", "/r"]).results.address == "/r"
+
+
+def test_the_variable_of_submitted_jobs_is_rays():
+    constants = pytest.importorskip("ray._private.runtime_env.constants")
+    assert constants.RAY_JOB_CONFIG_JSON_ENV_VAR == SUBMITTED
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConfigError("wrong"), 2), (FileNotFoundError("wrong"), 1), (ValueError("wrong"), 1), (KeyError("wrong"), 1)],
+)
+def test_expected_errors_end_in_one_line(error, code, capsys):
+    with pytest.raises(SystemExit) as end, told_in_one_line("jobs/x.py", KeyError):
+        raise error
+    assert end.value.code == code
+    assert capsys.readouterr().err == f"jobs/x.py: {error}\n"
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError), told_in_one_line("jobs/x.py"):
+        _ = 1 / 0
 
 
 @pytest.mark.parametrize("text", ["- a\n", "a: [", None])

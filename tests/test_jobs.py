@@ -1,8 +1,10 @@
 """Jobs as a person runs them: processes, exit codes, a driver that is killed, `ray job submit`."""
 
 import io
+import json
 import os
 import re
+import runpy
 import secrets
 import signal
 import socket
@@ -44,6 +46,45 @@ def test_a_wrong_value_is_one_message_and_code_2():
     assert "adapt.lr = '-1'" in done.stderr
     assert "method = 'cода'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_seeds_are_not_negative_and_places_of_every_job_are_checked():
+    arguments = ["--source", "a", "--target", "b", "--seed", "-1"]
+    for done in (
+        job("adapt.py", *arguments),
+        job("demo.py", "--seed", "-1"),
+        job("simulate.py", "--out", "gs://b"),
+        job("simulate.py", "--out", "b", env={**os.environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}),
+    ):
+        assert done.returncode == 2, done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_the_demo_stops_at_another_world_before_ray_starts(tmp_path):
+    from coda_ray.jump.simulate.settings import PRESETS, SIMULATOR_VERSION
+
+    bucket = tmp_path / "demo" / "bucket" / "cellpainting-gallery"
+    bucket.mkdir(parents=True)
+    settings = PRESETS["demo"].model_copy(update={"seed": 7}).model_dump()
+    (bucket / "simulation.json").write_text(json.dumps({"version": SIMULATOR_VERSION - 1, "settings": settings}))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    done = subprocess.run(
+        [sys.executable, ROOT / "jobs" / "demo.py", "--seed", "0"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    told = f"(version {SIMULATOR_VERSION - 1}, not {SIMULATOR_VERSION}; seed 7, not 0); run make clean"
+    assert done.stderr == f"jobs/demo.py: demo/bucket holds another world {told}\n"
+
+
+def test_the_demo_does_not_hold_the_keys_of_the_person_who_runs_it(monkeypatch):
+    own_keys = runpy.run_path(str(ROOT / "jobs" / "demo.py"))["_own_keys"]
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.setenv(name, "mine")
+    key = own_keys()
+    assert (os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]) == key
+    assert "mine" not in key
+    assert not {"AWS_SESSION_TOKEN", "AWS_PROFILE"} & os.environ.keys()
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))

@@ -1,6 +1,8 @@
 import pickle
 
 import pytest
+from aiohttp import ClientPayloadError
+from botocore.exceptions import ConnectionClosedError, EndpointConnectionError
 
 from coda_ray import storage
 from coda_ray.config import Place
@@ -69,6 +71,7 @@ def test_ranges_and_their_errors(place):
     assert (first, second) == (b"234", b"9")
     assert isinstance(missing, FileNotFoundError)
     assert here.read_ranges([]) == []
+    assert here.read_ranges([("x", 8, 12), ("x", 20, 30)]) == [b"89", b""]
 
 
 def test_missing_is_told_at_once(place, monkeypatch):
@@ -125,23 +128,84 @@ def test_retrying_gives_the_first_success():
     assert retrying(call, "x") == "yes"
 
 
-def test_a_range_that_fails_once_is_read_again(tmp_path, monkeypatch):
+BROKEN = [
+    EndpointConnectionError(endpoint_url="http://nowhere"),
+    ConnectionClosedError(endpoint_url="http://nowhere"),
+    ClientPayloadError("cut short"),
+]
+
+
+@pytest.mark.parametrize("error", BROKEN, ids=lambda error: type(error).__name__)
+def test_a_broken_connection_is_retried_and_then_told_with_the_address(error):
+    answers = iter([error, b"yes"])
+
+    def call():
+        answer = next(answers, error)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert retrying(call, "s3://b/x") == b"yes"
+    with pytest.raises(OSError, match=rf"s3://b/x: gave up after 5 attempts: {type(error).__name__}"):
+        retrying(call, "s3://b/x")
+
+
+def test_what_is_no_error_of_storage_is_raised_as_it_is(monkeypatch):
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: pytest.fail("retried"))
+    with pytest.raises(ZeroDivisionError):
+        retrying(lambda: 1 // 0, "x")
+
+
+@pytest.mark.parametrize("ranges", [False, True])
+def test_missing_keys_are_told_at_once_with_the_remedy(monkeypatch, tmp_path, ranges):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: pytest.fail("retried"))
+    here = open_place(Place(address="s3://bucket", endpoint_url="http://127.0.0.1:9"))
+    with pytest.raises(PermissionError, match=r"s3://bucket/x: .*AWS_ACCESS_KEY_ID.*bucket\.anonymous"):
+        here.read_ranges([("x", 0, 2)]) if ranges else here.read("x")
+
+
+def test_s3fs_leaves_the_retries_to_us_in_every_process():
+    import s3fs
+
+    pickled = pickle.dumps(open_place(Place(address="s3://bucket", anonymous=True)))
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert pickle.loads(pickled).fs.retries == 1  # noqa: S301 (our own)
+
+
+def test_ranges_that_fail_are_read_again_together(tmp_path, monkeypatch, caplog):
     here = open_place(Place(address=str(tmp_path)))
     here.write("x", b"0123")
     real, calls = here.fs.cat_ranges, []
 
     def flaky(paths, starts, ends, **options):
         calls.append(len(paths))
-        return [OSError("reset"), *real(paths[1:], starts[1:], ends[1:])] if len(calls) == 1 else real(paths, starts, ends)
+        return (
+            [OSError("reset"), BROKEN[0], *real(paths[2:], starts[2:], ends[2:])]
+            if len(calls) == 1
+            else real(paths, starts, ends)
+        )
 
     monkeypatch.setattr(here.fs, "cat_ranges", flaky)
-    assert here.read_ranges([("x", 0, 2), ("x", 2, 4)]) == [b"01", b"23"]
-    assert calls == [2, 1]
+    assert here.read_ranges([("x", 0, 2), ("x", 1, 3), ("x", 2, 4)]) == [b"01", b"12", b"23"]
+    assert calls == [3, 2]
+    assert len(caplog.records) == 1
+
+
+def test_ranges_that_go_on_failing_are_raised_with_the_address(tmp_path, monkeypatch):
+    here = open_place(Place(address=str(tmp_path)))
+    here.write("x", b"0123")
+    monkeypatch.setattr(here.fs, "cat_ranges", lambda paths, *_, **__: [b"01", BROKEN[0]][-len(paths) :])
+    with pytest.raises(OSError, match=rf"{tmp_path}/y: gave up after 5 attempts: EndpointConnectionError"):
+        here.read_ranges([("x", 0, 2), ("y", 2, 4)])
 
 
 def test_only_s3_and_folders_are_known():
     with pytest.raises(ValueError, match=r"gs://bucket.*only s3"):
-        open_place(Place(address="gs://bucket"))
+        open_place(Place.model_construct(address="gs://bucket"))
 
 
 def test_home_and_file_addresses_are_folders(tmp_path, monkeypatch):

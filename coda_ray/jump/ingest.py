@@ -81,6 +81,8 @@ class IngestSummary:
         Plates finished by this run.
     plates_before
         Chosen plates that were finished already.
+    left_out
+        Chosen plates without an image list that can be read.
     tiles
         Tiles written by this run.
     quarantined
@@ -96,6 +98,7 @@ class IngestSummary:
     store: str
     plates: int
     plates_before: int
+    left_out: int
     tiles: int
     quarantined: dict[str, int]
     bytes_read: int
@@ -104,9 +107,10 @@ class IngestSummary:
 
     def text(self) -> str:
         """Several lines for people."""
+        absent = [f"{self.left_out} chosen plates were left out: no image list of theirs can be read"] if self.left_out else []
         if not self.plates:
-            head = [f"nothing to do: all {self.plates_before} plates are in {self.store}"]
-            return "\n".join(head + self._note_lines())
+            head = [f"nothing to do: {self.plates_before} plates are in {self.store}"]
+            return "\n".join(head + absent + self._note_lines())
         took = max(self.seconds, 1e-9)
         bad = sum(self.quarantined.values())
         sites = self.tiles + bad
@@ -116,6 +120,7 @@ class IngestSummary:
         ]
         if self.plates_before:
             lines.append(f"{self.plates_before} plates were finished before")
+        lines += absent
         lines.append(f"{bad} sites quarantined" + (":" if bad else ""))
         lines += [f"  {count:6d}  {reason}" for reason, count in _worst(self.quarantined)]
         return "\n".join(lines + self._note_lines())
@@ -192,7 +197,7 @@ def run_ingest(config: Config, report: Callable[[Progress], None]) -> IngestSumm
         for block in _pipeline(plates, bucket, store, config.ingest, tables):
             run.take(block)
         run.check_complete()
-    return run.summary(notes)
+    return run.summary(notes, left_out=len(todo) - len(plates))
 
 
 def _chosen(tables: Tables, ingest: Ingest) -> list[PlateName]:
@@ -429,6 +434,7 @@ class _Run:
         self.plates, self.store, self.max_bad_share, self.report = plates, store, max_bad_share, report
         self.progress = Progress(sum(plate.missing for plate in plates), len(plates))
         self.reasons: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
         self.whole: list[_Plate] = []
         self.plates_before = len(before)
         self.bad_before = sum(int(facts["quarantined"]) for facts in before)
@@ -440,9 +446,10 @@ class _Run:
             return
         self.progress.bytes_read += sum(block["bytes_read"].to_pylist())
         self.progress.sites_done += block.num_rows
-        bad = block["reason"].drop_null().to_pylist()
-        self.reasons.update(bad)
-        self.progress.quarantined += len(bad)
+        for row in block.filter(block["reason"].is_valid()).to_pylist():
+            self.reasons[row["reason"]] += 1
+            self.examples.setdefault(row["reason"], row["address"] or "/".join(row[name] for name in METADATA))
+            self.progress.quarantined += 1
         self.progress.seconds = time.monotonic() - self.progress.started
         numbers = block["plate_number"].to_numpy()
         for number in np.unique(numbers):
@@ -463,14 +470,21 @@ class _Run:
         if lost:
             raise IngestError(f"{'/'.join(lost[0])}: {len(lost)} plates did not come back whole; run the ingest again")
 
-    def summary(self, notes: list[str]) -> IngestSummary:
+    def summary(self, notes: list[str], left_out: int) -> IngestSummary:
         """Sum up."""
         seconds = time.monotonic() - self.progress.started
         notes = notes + [f"{'/'.join(plate.name)}: {note}" for plate in self.plates for note in plate.notes]
         tiles = self.progress.sites_done - self.progress.quarantined
-        address, done = self.store.folder.address(), self.progress.plates_done
         return IngestSummary(
-            address, done, self.plates_before, tiles, dict(self.reasons), self.progress.bytes_read, seconds, tuple(notes)
+            store=self.store.folder.address(),
+            plates=self.progress.plates_done,
+            plates_before=self.plates_before,
+            left_out=left_out,
+            tiles=tiles,
+            quarantined=dict(self.reasons),
+            bytes_read=self.progress.bytes_read,
+            seconds=seconds,
+            notes=tuple(notes),
         )
 
     def _judge(self) -> bool:
@@ -479,16 +493,23 @@ class _Run:
         if seen < MIN_SITES_TO_JUDGE and self.progress.sites_done < self.progress.sites_total:
             return False
         if bad > self.max_bad_share * seen:
-            worst = "; ".join(f"{count} × {reason}" for reason, count in _worst(self.reasons)[:5])
+            worst = "; ".join(f"{n} × {reason}, as {self.examples[reason]}" for reason, n in _worst(self.reasons)[:5])
             raise IngestError(
                 f"stopped: {bad} of the {seen} sites seen so far were quarantined, more than ingest.max_bad_share = "
-                f"{self.max_bad_share}: {worst}; mend the data, or raise the share to accept the loss"
+                f"{self.max_bad_share}: {worst}; {self._keep_quarantine()}; mend the data, or raise the share to accept the loss"
             )
         return True
 
+    def _keep_quarantine(self) -> str:
+        """Write what was set aside of the unfinished plates beside their shards, and tell where."""
+        tables = [(plate, rows[rows["reason"].notna()]) for plate in self.plates if plate.arrived for rows in [_rows(plate)]]
+        written = [self.store.write_quarantine(self.store.plate_path(*plate.name), bad) for plate, bad in tables if len(bad)]
+        more = f" and {len(written) - 1} like it beside other plates' shards" if len(written) > 1 else ""
+        return f"the sites are in {written[0]}{more}" if written else "the sites are in quarantine.parquet of the finished plates"
+
     def _finish(self, plate: _Plate) -> None:
         """Write a plate's tables; from now on it counts."""
-        rows = pa.concat_tables(plate.arrived).to_pandas().sort_values(["Metadata_Well", "Metadata_Site", "row"], kind="stable")
+        rows = _rows(plate)
         plate.arrived.clear()
         good = rows["reason"].isna()
         index = rows[good].sort_values(["shard", "row"])
@@ -497,6 +518,12 @@ class _Run:
         note = {**asdict(facts), "notes": plate.notes}
         self.store.finish_plate(self.store.plate_path(*plate.name), index, rows[~good], note)
         self.progress.plates_done += 1
+
+
+def _rows(plate: _Plate) -> pd.DataFrame:
+    """Rows of a plate that have come back, in the order of wells."""
+    rows: pd.DataFrame = pa.concat_tables(plate.arrived).to_pandas()
+    return rows.sort_values(["Metadata_Well", "Metadata_Site", "row"], kind="stable")
 
 
 def _worst(reasons: "dict[str, int] | Counter[str]") -> list[tuple[str, int]]:

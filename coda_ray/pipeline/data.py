@@ -77,6 +77,23 @@ def held_out_tiles(config: Config, source: str) -> TileIndex:
     return load_tiles(config, source).unit("plate", held_out_plate(config, source))
 
 
+def labelled_held_out(config: Config, source: str) -> TileIndex:
+    """Tiles of a source's held-out plate that have a MoA label.
+
+    Raises
+    ------
+    DataError
+        When none has.
+    """
+    index = held_out_tiles(config, source).labelled()
+    if not len(index):
+        raise DataError(
+            f"held_out.{source} = {held_out_plate(config, source)!r}: none of its tiles has a MoA label to score by; "
+            "hold out another plate, and with train.knn_every also give labels"
+        )
+    return index
+
+
 def classes_of(config: Config, source: str) -> list[str]:
     """Sorted MoA labels of a source's training tiles.
 

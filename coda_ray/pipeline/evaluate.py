@@ -107,6 +107,8 @@ def evaluate_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
+    steps = -(-len(run.index) // (run.config.evaluate.minibatch * world))
+    start = _parts_done(run, rank, world)
     model = load_model(run.config, run.classifier, run.adapted, len(run.index.channels)).to(device).eval()
     outputs = infer(
         lambda views: _probabilities_and_embedding(model, views),
@@ -119,10 +121,13 @@ def evaluate_loop(config: Mapping[str, Any]) -> dict[str, Any]:
         precision=choose_precision(device, run.config.train.precision),
         rank=rank,
         world=world,
+        start_step=start,
     )
-    for number, part in enumerate(outputs):
+    for part in outputs:
         columns = {"row": part.rows, "values": list(part.values)}
-        run.folder.write(f"parts/{rank:03d}-{number:05d}.parquet", table_bytes(pa.table(columns)))
+        run.folder.write(f"parts/{_part(run, rank, world, part.step)}", table_bytes(pa.table(columns)))
+        if rank == 0 and steps > 1:
+            print(f"{run.title}: mini-batch {part.step + 1}/{steps}", flush=True)
     if world > 1:
         barrier()
     if rank:
@@ -130,11 +135,28 @@ def evaluate_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     return _join(run, begun)
 
 
+def _part(run: EvaluationRun, rank: int, world: int, step: int) -> str:
+    """Name of what one mini-batch leaves; sorts by step among those of one worker of one group size."""
+    return f"{run.config.evaluate.minibatch}-{world:03d}-{rank:03d}-{step:06d}.parquet"
+
+
+def _parts_done(run: EvaluationRun, rank: int, world: int) -> int:
+    """Mini-batches that an earlier run of the same shape left finished; they are written in order."""
+    prefix = _part(run, rank, world, 0).removesuffix("000000.parquet")
+    own = [name for name in _part_names(run) if name.startswith(prefix)]
+    return int(own[-1].removeprefix(prefix).removesuffix(".parquet")) + 1 if own else 0
+
+
+def _part_names(run: EvaluationRun) -> list[str]:
+    """Sorted names of finished parts; a worker killed while it wrote leaves others."""
+    return sorted(name for name in run.folder.names("parts") if name.endswith(".parquet"))
+
+
 def load_model(config: Config, classifier: Stage, adapted: Stage | None, channels: int) -> SupervisedModel | DualModel:
     """Load the model of a classifier stage, with an adapted feature extractor where one is given."""
     classes = classifier.inputs["classes"]
-    random = config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})})
-    model = networks.classifier_model(random, channels=channels, classes=len(classes), dual=bool(classifier.needs))
+    blank, dual = networks.unfilled(config), bool(classifier.needs)
+    model = networks.classifier_model(blank, channels=channels, classes=len(classes), dual=dual)
     tensors = stage_tensors(config, classifier)
     model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items()})
     if adapted is not None:
@@ -152,8 +174,7 @@ def _probabilities_and_embedding(model: SupervisedModel | DualModel, views: Tens
 
 def _join(run: EvaluationRun, begun: float) -> dict[str, Any]:
     """Write predictions and embeddings in the order of the tiles, and `done.json` last."""
-    names = run.folder.names("parts")
-    parts = [pq.read_table(io.BytesIO(run.folder.read(f"parts/{name}"))) for name in names]
+    parts = [pq.read_table(io.BytesIO(run.folder.read(f"parts/{name}"))) for name in _part_names(run)]
     rows = np.concatenate([part["row"].to_numpy() for part in parts])
     values = np.concatenate([np.stack(part["values"].to_pylist()).astype(np.float32) for part in parts])
     # A run that was broken off may have left parts of another number of workers: the same rows, the same values.

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections import defaultdict
+import os
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -12,8 +13,9 @@ import pandas as pd
 import ray
 
 from coda_ray.config import Config, Matrix
+from coda_ray.pipeline.data import DataError
 from coda_ray.pipeline.stage import Stage
-from coda_ray.pipeline.task import run_stage
+from coda_ray.pipeline.task import run_stage, run_stage_afresh
 from coda_ray.pipeline.transfer import UNADAPTED, Request, Transfer, plan, score, stages_of
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key
@@ -111,29 +113,29 @@ def run_transfers(
     try:
         tracker.start_job(job)
         runner = _Runner(config, results, transfers, stages, tracker, say)
-        failures = runner.run()
+        runner.run()
         table = compile_transfers(results)
-        outcome = _tables(results, job, table, tracker)
+        outcome = _tables(results, job, table, tracker, complete=not runner.failed)
         outcome.ui_hint = tracker.ui_hint
         for transfer in transfers:
             if not len(transfer.index):
                 outcome.unscored[transfer.evaluation.title] = results.address(transfer.evaluation.path)
     finally:
         tracker.close()
-    if failures:
-        told = "\n".join(f"  {title}: {reason}" for title, reason in failures.items())
+    if runner.failed:
+        told = "\n".join(f"  {title}: {reason}" for title, reason in runner.failures.items())
         raise StagesFailedError(
-            f"{len(failures)} of {len(stages)} stages failed, and with them what needs them; the rest is finished:\n{told}\n"
-            "the same command again runs only what is missing"
+            f"{len(runner.failures)} of {len(stages)} stages failed, {len(runner.failed) - len(runner.failures)} more need "
+            f"them; the rest is finished:\n{told}\nthe same command again runs only what is missing"
         )
     return outcome
 
 
-def _tables(results: Folder, job: dict[str, Any], table: pd.DataFrame, tracker: Tracker) -> Outcome:
-    """Tabulate and draw a job's transfers."""
+def _tables(results: Folder, job: dict[str, Any], table: pd.DataFrame, tracker: Tracker, *, complete: bool) -> Outcome:
+    """Tabulate and draw a job's transfers; only a complete job ends as finished in MLflow."""
     own = table[table["key"].isin(job["transfers"])].reset_index(drop=True)
     if own.empty:
-        if not job["transfers"]:
+        if complete:
             tracker.finish_job(job)
         return Outcome(own, own, [], {})
     matrix = job_matrix(table, job)
@@ -142,7 +144,8 @@ def _tables(results: Folder, job: dict[str, Any], table: pd.DataFrame, tracker: 
     figures = matrix_figures(matrix)
     for name, figure in figures.items():
         results.write(f"{folder}/{name}.png", figure_png(figure))
-    tracker.finish_job(job, matrix, figures)
+    if complete:
+        tracker.finish_job(job, matrix, figures)
     return Outcome(own, matrix, [results.address(f"{folder}/{name}.png") for name in figures], {})
 
 
@@ -169,24 +172,44 @@ class _Runner:
         self.running: dict[ray.ObjectRef[dict[str, Any]], Stage] = {}
         self.references: dict[str, ray.ObjectRef[dict[str, Any]]] = {}
         self.failures: dict[str, str] = {}
+        self.failed: set[str] = set()
         self.finished = 0
 
-    def run(self) -> dict[str, str]:
-        """Run every stage; return the reasons of those that failed."""
+    def run(self) -> None:
+        """Run every stage; `failures` then holds the reasons of those that failed, `failed` also what needed them."""
         done = {stage.key for stage in self.stages if stage.facts(self.results) is not None}
         self.finished = len(done)
         self.say(f"{len(self.stages)} stages, {len(done)} of them finished before")
+        finished = deque(stage for stage in self.stages if stage.key in done)
+        missing = deque(stage for stage in self.stages if stage.key not in done)
+        if missing:
+            self._check_resources()
         limit = self._at_a_time()
-        for stage in self.stages:
-            if stage.key in done:
-                self._score(stage)
-                continue
-            while len(self.running) >= limit:
+        while missing or self.running or finished:
+            while missing and len(self.running) < limit:
+                self._submit(missing.popleft())
+            # Looking up comes after submitting, so that the cluster has work meanwhile.
+            if finished:
+                self._score(finished.popleft())
+            elif self.running:
                 self._wait()
-            self._submit(stage)
-        while self.running:
-            self._wait()
-        return self.failures
+
+    def _check_resources(self) -> None:
+        """Tell what one worker wants and no node has; without a cluster that could grow, stop.
+
+        Raises
+        ------
+        DataError
+            On a Ray that was started for this job alone.
+        """
+        largest = {name: max((node["Resources"].get(name, 0) for node in _nodes()), default=0) for name in ("CPU", "GPU")}
+        for name, amount in resources(self.config.train).items():
+            if amount > largest[name]:
+                option = f"train.{name.lower()}s_per_worker"
+                told = f"{option} = {amount:g}: no node of this cluster has so much (at most {largest[name]:g} {name})"
+                if not os.environ.get("RAY_ADDRESS"):
+                    raise DataError(f"{told}; lower --{option.replace('_', '-')}, or submit to a cluster")
+                self.say(f"{told}; waiting for one that has")
 
     def _submit(self, stage: Stage) -> None:
         """Hand one stage to Ray; it starts when its needs are finished and its resources free."""
@@ -194,12 +217,18 @@ class _Runner:
         train = self.config.train
         inside = workers_of(train)[1] == 0
         wanted = resources(train) if inside else {}
-        reference = run_stage.options(
-            name=stage.kind,
-            num_cpus=wanted.get("CPU", 0),
-            num_gpus=wanted.get("GPU", 0),
-            max_retries=train.max_failures,
-        ).remote(stage, self.config, self._report(stage), *needs)
+        # A process that has used one GPU cannot move to another: it is kept warm only where there is no other.
+        warm = not wanted.get("GPU") or all(node["Resources"].get("GPU", 0) <= 1 for node in _nodes())
+        reference = (
+            (run_stage if warm else run_stage_afresh)
+            .options(
+                name=stage.kind,
+                num_cpus=wanted.get("CPU", 0),
+                num_gpus=wanted.get("GPU", 0),
+                max_retries=train.max_failures,
+            )
+            .remote(stage, self.config, self._report(stage), *needs)
+        )
         self.references[stage.key] = reference
         self.running[reference] = stage
 
@@ -218,10 +247,8 @@ class _Runner:
         try:
             ray.get(reference)
         except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            self.failures[stage.title] = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause) else ''}"
             log.debug("%s failed", stage.title, exc_info=error)
-            self.say(f"failed: {stage.title}: {self.failures[stage.title]}")
+            self._fail(stage, _cause(error))
             return
         self.finished += 1
         self.say(f"[{self.finished}/{len(self.stages)}] {stage.title}")
@@ -232,9 +259,25 @@ class _Runner:
         if stage.kind != "evaluate" and stage.key not in self.trained:
             self.tracker.stage(stage.title, stage.key, read_history(self.results, stage.path))
         wanted = self.scored.get(stage.key, [])
-        for record in score(self.config, self.results, wanted):
+        known = [_stored(self.results, transfer) for transfer in wanted]
+        try:
+            fresh = list(score(self.config, self.results, [t for t, record in zip(wanted, known, strict=True) if not record]))
+        except (ValueError, KeyError) as error:  # predictions that cannot be scored: the others can
+            self._fail(stage, error)
+            return
+        for record in fresh:
             self.results.write(f"transfers/{record['key']}.json", json.dumps(record, indent=1).encode())
+        for record in filter(None, [*known, *fresh]):
             self.tracker.transfer(record, read_history(self.results, record["history"]))
+
+    def _fail(self, stage: Stage, error: BaseException) -> None:
+        """Note why a stage failed; what could not run because of it is counted, not told again."""
+        self.failed.add(stage.key)
+        if any(need.key in self.failed for need in stage.needs):
+            return
+        said = str(error).strip()
+        self.failures[stage.title] = f"{type(error).__name__}: {said.splitlines()[0] if said else ''}"
+        self.say(f"failed: {stage.title}: {self.failures[stage.title]}")
 
     def _at_a_time(self) -> int:
         """How many stages are handed out: any number of small ones, which Ray queues; of worker groups what fits."""
@@ -244,3 +287,26 @@ class _Runner:
             return max(1, len(self.stages))
         have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         return max(1, min(int(have.get(name, 0) // (amount * low)) for name, amount in resources(train).items()))
+
+
+def _nodes() -> list[dict[str, Any]]:
+    """List the nodes that are alive."""
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Find what a stage raised, under what Ray and Ray Train wrap around it."""
+    while True:
+        workers: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
+        under = getattr(error, "cause", None) or next(iter(workers.values()), None)
+        if not isinstance(under, BaseException):
+            return error
+        error = under
+
+
+def _stored(results: Folder, transfer: Transfer) -> dict[str, Any] | None:
+    """Read the record of a transfer that was scored before; its key covers everything that decides the score."""
+    try:
+        return dict(json.loads(results.read(f"transfers/{transfer.key}.json")))
+    except FileNotFoundError:
+        return None

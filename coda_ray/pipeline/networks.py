@@ -23,6 +23,11 @@ def recipe(config: Config) -> ViewRecipe:
     return ViewRecipe(**config.views.model_dump())
 
 
+def unfilled(config: Config) -> Config:
+    """Settings of a network whose weights are about to be replaced: nothing is fetched for it."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})})
+
+
 def dino_objective(config: Config, *, channels: int, steps: int, steps_per_epoch: int, seed: int) -> DinoObjective:
     """Build student, teacher, head and loss from initial weights."""
     dino = config.dino

@@ -1,7 +1,9 @@
 """The stages that train: pretrain (DINO on the source), classify (labels of the source), adapt (DINO on the target)."""
 
+import hashlib
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,8 @@ def pretrain(config: Config, source: str, *, cross_batch: bool, seed: int) -> St
     """
     tiles = data.unlabelled(data.training_tiles(config, source))
     note = tiles.check_partners(config, f"pretrain on {source}") if cross_batch else None
+    if config.train.knn_every:
+        data.labelled_held_out(config, source)
     inputs = {
         **_inputs(config, config.pretrain, seed, "dino"),
         "source": source,
@@ -82,14 +86,14 @@ def classify(config: Config, source: str, *, seed: int, extractor: Stage | None)
         **_inputs(config, config.classify, seed),
         "source": source,
         "tiles": index.fingerprint,
-        "held_out": data.held_out_tiles(config, source).labelled().fingerprint,
+        "held_out": data.labelled_held_out(config, source).fingerprint,
         "classes": classes,
     }
     title = f"classify {'dual' if extractor else 'supervised'} on {source}, seed {seed}"
     if extractor:
         title = title.replace("dual", "dual-cb" if extractor.inputs["cross_batch"] else "dual-dino")
     epoch = len(index) // config.classify.minibatch
-    build = partial(_classify_work, config, source, classes, seed, extractor)
+    build = partial(_classify_work, config, source, index.fingerprint, classes, seed, extractor)
     make = partial(_make, config, config.classify, epoch, seed, title, build, None)
     return Stage("classify", title, inputs, make, (extractor,) if extractor else ())
 
@@ -111,16 +115,19 @@ def adapt(config: Config, pretrained: Stage, target: str, *, granularity: Granul
     method = "coda" if cross_batch else "oda"
     title = f"adapt {method} {pretrained.inputs['source']} to {target} {granularity} {unit}, seed {seed}"
     note = tiles.check_partners(config, title) if cross_batch else None
+    optimisation = config.adapt
+    if granularity != "source" and optimisation.minibatch_unit:
+        optimisation = optimisation.model_copy(update={"minibatch": optimisation.minibatch_unit})
     inputs = {
-        **_inputs(config, config.adapt, seed, "dino"),
+        **_inputs(config, optimisation, seed, "dino"),
         "target": target,
         "granularity": granularity,
         "unit": unit,
         "tiles": tiles.fingerprints,
     }
     epoch = len(data.load_tiles(config, target)) // config.adapt.minibatch
-    build = partial(_dino_work, config, tiles, config.adapt, epoch, seed, cross_batch, pretrained, None)
-    make = partial(_make, config, config.adapt, epoch, seed, title, build, note)
+    build = partial(_dino_work, config, tiles, optimisation, epoch, seed, cross_batch, pretrained, None)
+    make = partial(_make, config, optimisation, epoch, seed, title, build, note)
     return Stage("adapt", title, inputs, make, (pretrained,))
 
 
@@ -148,7 +155,18 @@ def _inputs(config: Config, optimisation: Optimisation, seed: int, *sections: st
     """Collect the settings that decide the result of a training stage."""
     names = ("model", "views", *sections)
     chosen = {name: getattr(config, name).model_dump(mode="json") for name in names}
-    return {**chosen, "optimisation": optimisation.model_dump(mode="json"), "seed": seed, "precision": config.train.precision}
+    if config.model.init.endswith(".safetensors"):
+        chosen["weights"] = {"sha256": _sha256(config.model.init)}
+    # `minibatch` holds what counts.
+    rates = optimisation.model_dump(mode="json", exclude={"minibatch_unit"})
+    return {**chosen, "optimisation": rates, "seed": seed, "precision": config.train.precision}
+
+
+@lru_cache(maxsize=4)
+def _sha256(path: str) -> str:
+    """Hash a local file of weights, so that other weights under its name make another stage."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _make(
@@ -193,7 +211,7 @@ def _dino_work(
     """Build DINO on the worker, from initial weights or from a pre-training."""
     epoch = max(1, epoch)
     objective = networks.dino_objective(
-        config,
+        networks.unfilled(config) if start else config,
         channels=len(tiles.pool.channels),
         steps=steps_of(optimisation.steps, epoch),
         steps_per_epoch=epoch,
@@ -212,7 +230,7 @@ def _knn(config: Config, source: str, objective: DinoObjective, device: torch.de
     """Score the teacher's CLS tokens by nearest neighbours: training tiles answer for the held-out plate."""
     classes = data.classes_of(config, source)
     embedded: list[tuple[NDArray[np.float32], NDArray[np.int64]]] = []
-    for index in (data.training_tiles(config, source).labelled(), data.held_out_tiles(config, source).labelled()):
+    for index in (data.training_tiles(config, source).labelled(), data.labelled_held_out(config, source)):
         found = gather(
             infer(
                 lambda views: tokens(objective.teacher.backbone, views)[:, 0],
@@ -230,9 +248,11 @@ def _knn(config: Config, source: str, objective: DinoObjective, device: torch.de
     return {"knn": knn_accuracy(bank, bank_labels, queries, labels, k=KNN_NEIGHBOURS)}
 
 
-def _classify_work(config: Config, source: str, classes: list[str], seed: int, extractor: Stage | None) -> Work:
+def _classify_work(config: Config, source: str, fingerprint: str, classes: list[str], seed: int, extractor: Stage | None) -> Work:
     """Build the labelled stage on the worker."""
     index = data.training_tiles(config, source).labelled()
+    if index.fingerprint != fingerprint:
+        raise data.DataError(f"the tiles of {source} have changed since this job was planned; start it again")
     model = networks.classifier_model(config, channels=len(index.channels), classes=len(classes), dual=extractor is not None)
     if extractor is not None and isinstance(model, DualModel):
         model.replace_extractor(teacher_of(stage_tensors(config, extractor)))
@@ -240,7 +260,7 @@ def _classify_work(config: Config, source: str, classes: list[str], seed: int, e
     labels = data.label_codes(index, classes)
     monitor = Monitor(
         config.classify.validate_every,
-        partial(_validate, config, data.held_out_tiles(config, source).labelled(), classes, model),
+        partial(_validate, config, data.labelled_held_out(config, source), classes, model),
         select="held_out_accuracy" if config.classify.select == "best" else None,
     )
     return Work(

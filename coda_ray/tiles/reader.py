@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import ray
 from numpy.typing import NDArray
 
@@ -45,9 +46,10 @@ class TileSource:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        """Keep nothing but the columns that reading needs."""
-        slim = TileIndex(self.index.frame[READ_COLUMNS], self.index.folder, self.index.channels)
-        object.__setattr__(self, "index", slim)
+        """Keep nothing but the columns that reading needs, small, because every worker process fetches them."""
+        numbers = {name: pd.to_numeric(self.index.frame[name], downcast="unsigned") for name in READ_COLUMNS[1:]}
+        frame = pd.DataFrame({"shard": self.index.frame["shard"].astype("category"), **numbers})
+        object.__setattr__(self, "index", TileIndex(frame, self.index.folder, self.index.channels))
 
     def read(self, samples: Rows) -> dict[str, NDArray[Any]]:
         """Read samples.
@@ -63,6 +65,11 @@ class TileSource:
             `sample` (M,) int64; `tile` and, with pairs, `partner` (M, C, crop, crop) uint8; `label` (M,) int64 where
             asked for; `row` (M,) int64; `replaced` (M,) int32 tiles that failed; `readable` (M,) bool;
             `reason` (M,) str, empty where nothing failed.
+
+        Raises
+        ------
+        OSError
+            When permission or network errors outlast the retries: they are no property of a tile.
         """
         anchors, partners = self.plan.rows(samples)
         sides = [anchors] if partners is None else [anchors, partners]
@@ -90,7 +97,8 @@ class TileSource:
         if self.cache is None:
             return self.index
         far = self.index.folder
-        near = open_place(Place(address=f"{self.cache}/{content_key(far.address())}"))
+        server = getattr(far.fs, "endpoint_url", None)
+        near = open_place(Place(address=f"{self.cache}/{content_key([server, far.address()])}"))
         for shard in self.index.frame["shard"].iloc[rows].unique():
             if not near.exists(shard):
                 try:
@@ -99,18 +107,33 @@ class TileSource:
                     return self.index
         return TileIndex(self.index.frame, near, self.index.channels)
 
+    def _read(self, rows: Rows) -> list[NDArray[np.uint8] | Exception]:
+        """Read the tiles of some rows; what a copy does not give whole is read from storage."""
+        near = self._near(rows)
+        found = read_tiles(near, rows, self.crop)
+        failed = [i for i, tile in enumerate(found) if isinstance(tile, Exception)]
+        if near is self.index or not failed:
+            return found
+        for i, tile in zip(failed, read_tiles(self.index, rows[failed], self.crop), strict=True):
+            found[i] = tile
+            if not isinstance(tile, Exception):
+                near.folder.delete(near.frame["shard"].iloc[rows[i]])
+        return found
+
     def _fill(
         self, sides: list[Rows], pending: Rows, images: NDArray[np.uint8], bad: NDArray[np.int32], reasons: NDArray[Any]
     ) -> Rows:
         """Read the samples at some places into `images`; count and note what fails, and return those places."""
         rows = np.concatenate([side[pending] for side in sides])
-        found = read_tiles(self._near(rows), rows, self.crop)
+        found = self._read(rows)
         failed = []
         for number, place in enumerate(pending):
             errors = []
             for side, tile in enumerate(found[number :: len(pending)]):
-                if isinstance(tile, Exception):
+                if isinstance(tile, FileNotFoundError | ValueError):
                     errors.append(tile)
+                elif isinstance(tile, Exception):
+                    raise tile
                 else:
                     images[side, place] = tile
             if errors:

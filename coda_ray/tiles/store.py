@@ -188,10 +188,16 @@ class TileStore:
             }
         )
 
+    def write_quarantine(self, plate_path: str, quarantine: pd.DataFrame) -> str:
+        """Write the table of the tiles of a plate that were set aside, and give its address."""
+        path = f"{plate_path}/quarantine.parquet"
+        self.folder.write(path, _parquet(quarantine, QUARANTINE_SCHEMA))
+        return self.folder.address(path)
+
     def finish_plate(self, plate_path: str, index: pd.DataFrame, quarantine: pd.DataFrame, facts: Mapping[str, Any]) -> None:
         """Write a plate's tables, and `plate.json` last, which makes the plate count."""
         self.folder.write(f"{plate_path}/index.parquet", _parquet(index, INDEX_SCHEMA))
-        self.folder.write(f"{plate_path}/quarantine.parquet", _parquet(quarantine, QUARANTINE_SCHEMA))
+        self.write_quarantine(plate_path, quarantine)
         note = {**facts, "tiles": len(index), "quarantined": len(quarantine), "preparation": dict(self.preparation)}
         self.folder.write(f"{plate_path}/plate.json", json.dumps(note, indent=1).encode())
 
@@ -241,7 +247,13 @@ def read_tiles(index: TileIndex, rows: NDArray[np.int64], crop: int) -> list[NDA
     Returns
     -------
     list
-        N arrays (C, crop, crop) uint8, or the error of a tile that cannot be read, is damaged or too small.
+        N arrays (C, crop, crop) uint8, or the error of a tile: FileNotFoundError where its shard is not there, ValueError
+        where it is damaged or too small.
+
+    Raises
+    ------
+    OSError
+        When permission or network errors outlast the retries.
     """
     picked = index.frame.iloc[rows]
     columns = (picked[name].tolist() for name in ("shard", "offset", "height", "width", "crc32"))
@@ -254,6 +266,8 @@ def _decode(
     data: bytes | Exception, shard: str, offset: int, height: int, width: int, crc32: int, channels: int, *, crop: int
 ) -> NDArray[np.uint8] | Exception:
     """Check one tile's bytes and cut its centre."""
+    if isinstance(data, FileNotFoundError):
+        return FileNotFoundError(f"{shard}: shard is missing")
     if isinstance(data, Exception):
         return data
     if len(data) != channels * height * width or zlib.crc32(data) != crc32:

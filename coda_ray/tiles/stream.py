@@ -5,9 +5,10 @@ tiles by ranged requests, and prefetching into mini-batches. Ray Data's back-pre
 """
 
 import logging
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import ray
@@ -18,9 +19,10 @@ from ray.data import TaskPoolStrategy
 from coda_ray.config import Stream
 from coda_ray.tiles.pause import Pause
 from coda_ray.tiles.plan import Rows, share_of
-from coda_ray.tiles.reader import TileSource, read_task
+from coda_ray.tiles.reader import REPLACEMENTS, TileSource, read_task
 
 log = logging.getLogger(__name__)
+ON_DEVICE = ("tile", "partner", "label")
 
 
 class UnreadableTilesError(RuntimeError):
@@ -63,13 +65,14 @@ def minibatches(
     Raises
     ------
     UnreadableTilesError
-        When more than `settings.max_bad_share` of the tiles read so far had to be replaced; names the worst tile.
+        When more than `settings.max_bad_share` of the tiles read so far could not be read, or when no replacement of a
+        sample could; names the most frequent reason.
     """
     low, high = share_of(rank, world, minibatch)
     if high == low:
         raise ValueError(f"minibatch = {minibatch} is smaller than the {world} workers; raise it or take fewer workers")
     reference = ray.put(replace(source, cache=settings.cache))
-    health = _Health(settings.max_bad_share)
+    health = _Health(settings.max_bad_share, source.replace)
     for begin in range(start_step, steps, settings.segment_steps):
         numbers = np.arange(begin, min(begin + settings.segment_steps, steps), dtype=np.int64)[:, None] * minibatch
         samples = (numbers + np.arange(low, high, dtype=np.int64)[None, :]).ravel()
@@ -80,6 +83,33 @@ def minibatches(
         for columns in cast(Iterator[dict[str, NDArray[Any]]], batches):
             health.count(columns)
             yield {name: torch.from_numpy(columns[name].copy()) for name in columns if name != "reason"}
+
+
+def on_device(stream: Iterator[dict[str, torch.Tensor]], device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+    """Move mini-batches to a GPU, one ahead of the step that needs it, without waiting for the copy.
+
+    Parameters
+    ----------
+    stream
+        From `minibatches`.
+    device
+        Where tiles and labels are wanted; on the CPU they stay as they are.
+
+    Yields
+    ------
+    dict
+        The same tensors; sample numbers and counts stay on the host.
+    """
+    if device.type == "cpu":
+        yield from stream
+        return
+    ahead: deque[dict[str, torch.Tensor]] = deque()
+    for tensors in stream:
+        moved = {name: tensors[name].pin_memory().to(device, non_blocking=True) for name in ON_DEVICE if name in tensors}
+        ahead.append({**tensors, **moved})
+        if len(ahead) > 1:
+            yield ahead.popleft()
+    yield from ahead
 
 
 def _dataset(source: "ray.ObjectRef[TileSource]", samples: Rows, settings: Stream) -> ray.data.Dataset:
@@ -104,26 +134,32 @@ def _dataset(source: "ray.ObjectRef[TileSource]", samples: Rows, settings: Strea
 class _Health:
     """Counts the tiles that failed, reports the first of each reason, and stops a run that reads mostly damage."""
 
-    def __init__(self, max_share: float) -> None:
-        self.max_share = max_share
+    def __init__(self, max_share: float, replace: bool) -> None:
+        self.max_share, self.replace = max_share, replace
         self.read = 0
         self.bad = 0
-        self.reasons: set[str] = set()
+        self.reasons: Counter[str] = Counter()
 
     def count(self, columns: dict[str, NDArray[Any]]) -> None:
         """Add one mini-batch."""
         tiles = len(columns["sample"]) * (2 if "partner" in columns else 1)
         bad = int(columns["replaced"].sum())
-        self.read, self.bad = self.read + tiles + bad, self.bad + bad
-        if not bad:
-            return
-        worst = [str(reason) for reason in columns["reason"] if reason]
-        for reason in worst:
+        self.read, self.bad = self.read + tiles + (bad if self.replace else 0), self.bad + bad
+        for reason in map(str, columns["reason"][columns["reason"] != ""]):
             if reason not in self.reasons:
-                self.reasons.add(reason)
-                log.warning("tile replaced (%d of %d so far): %s", self.bad, self.read, reason)
-        if (not columns["readable"].all() and len(columns["sample"]) == bad) or self.bad > self.max_share * max(self.read, 100):
-            raise UnreadableTilesError(
-                f"{self.bad} of {self.read} tiles could not be read, above stream.max_bad_share = {self.max_share}; "
-                f"the last: {worst[-1]}; mend the tile store (run jobs/ingest.py) or raise stream.max_bad_share"
-            )
+                log.warning(
+                    "tile %s (%d of %d so far): %s", "replaced" if self.replace else "left out", self.bad, self.read, reason
+                )
+            self.reasons[reason] += 1
+        lost = columns["sample"][~columns["readable"]]
+        if self.replace and len(lost):
+            self._stop(f"sample {lost[0]} and its {REPLACEMENTS} replacements could not be read")
+        if self.bad > self.max_share * max(self.read, 100):
+            self._stop(f"above stream.max_bad_share = {self.max_share}")
+
+    def _stop(self, why: str) -> NoReturn:
+        """Stop with the most frequent reason."""
+        raise UnreadableTilesError(
+            f"{self.bad} of {self.read} tiles could not be read: {why}; the most frequent reason: "
+            f"{self.reasons.most_common(1)[0][0]}; mend the tile store (run jobs/ingest.py) or raise stream.max_bad_share"
+        )

@@ -13,7 +13,7 @@ from coda_ray.learn.views import evaluation_view
 from coda_ray.tiles.plan import SamplePlan
 from coda_ray.tiles.reader import TileSource
 from coda_ray.tiles.store import TileIndex
-from coda_ray.tiles.stream import minibatches
+from coda_ray.tiles.stream import minibatches, on_device
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,13 @@ class Outputs:
         (N,) int64 rows of the index.
     values
         (N, K) float32: what `forward` returned.
+    step
+        The mini-batch that they come from.
     """
 
     rows: NDArray[np.int64]
     values: NDArray[np.float32]
+    step: int
 
 
 def in_order(index: TileIndex, crop: int) -> TileSource:
@@ -50,6 +53,7 @@ def infer(
     precision: Precision,
     rank: int = 0,
     world: int = 1,
+    start_step: int = 0,
 ) -> Iterator[Outputs]:
     """Run a network over the centre view of every tile.
 
@@ -67,6 +71,8 @@ def infer(
         How tiles are read, where and in what the network computes.
     rank, world
         This worker's share.
+    start_step
+        Mini-batch to begin with.
 
     Yields
     ------
@@ -74,26 +80,27 @@ def infer(
         Per mini-batch.
     """
     everywhere = minibatch * world
-    for tensors in minibatches(
+    batches = minibatches(
         in_order(index, crop),
         stream,
         minibatch=everywhere,
-        start_step=0,
+        start_step=start_step,
         steps=-(-len(index) // everywhere),
         rank=rank,
         world=world,
         last=len(index),
-    ):
+    )
+    for step, tensors in enumerate(on_device(batches, device), start_step):
         readable = tensors["readable"]
-        views = evaluation_view(tensors["tile"][readable].to(device, non_blocking=True), size)
+        views = evaluation_view(tensors["tile"][readable.to(device)], size)
         if not len(views):
             continue
         with torch.no_grad(), precision.autocast():
             values = forward(views)
-        yield Outputs(tensors["row"][readable].numpy(), values.float().cpu().numpy())
+        yield Outputs(tensors["row"][readable].numpy(), values.float().cpu().numpy(), step)
 
 
 def gather(outputs: Iterator[Outputs]) -> Outputs:
-    """Join mini-batches."""
+    """Join mini-batches; the step is the last one's."""
     parts = list(outputs)
-    return Outputs(np.concatenate([p.rows for p in parts]), np.concatenate([p.values for p in parts]))
+    return Outputs(np.concatenate([p.rows for p in parts]), np.concatenate([p.values for p in parts]), parts[-1].step)

@@ -6,10 +6,11 @@ driver, continues as if nothing had happened.
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import ray.train
@@ -27,7 +28,7 @@ from coda_ray.storage import Folder
 from coda_ray.tiles.plan import share_of
 from coda_ray.tiles.reader import TileSource
 from coda_ray.tiles.store import table_bytes
-from coda_ray.tiles.stream import minibatches
+from coda_ray.tiles.stream import minibatches, on_device
 from coda_ray.training import checkpoints
 from coda_ray.training.checkpoints import Checkpoint
 
@@ -154,13 +155,14 @@ class _Worker:
         self.best_tensors: dict[str, Tensor] = {}
         self.since = time.monotonic()
         self.images = 0
+        self.replaced = 0
 
     def train(self) -> dict[str, Any]:
         """Run from the newest checkpoint to the end."""
         self._restore()
         run = self.run
         self.objective.network.train()
-        for tensors in minibatches(
+        stream = minibatches(
             self.work.source,
             run.stream,
             minibatch=run.optimisation.minibatch,
@@ -168,13 +170,16 @@ class _Worker:
             steps=run.steps,
             rank=self.rank,
             world=self.world,
-        ):
+        )
+        for tensors in on_device(stream, self.device):
             metrics = self._update(tensors)
             self.step += 1
             last = self.step == run.steps
-            scored = self._score(last)
-            if self.step % run.train.log_every == 0 or last or scored:
-                self._log({**metrics, **scored})
+            # The same on every rank, because ray.train.report waits for all of them.
+            scoring = self._is_scored(last)
+            scores = self._score() if scoring and self.rank == 0 else {}
+            if self.step % run.train.log_every == 0 or last or scoring:
+                self._log({**metrics, **scores})
             if self.step % run.train.checkpoint_every == 0 and not last:
                 self._checkpoint()
         return self._finish()
@@ -207,13 +212,17 @@ class _Worker:
         self.optimizer.step()
         self.objective.after_update(step)
         self.images += settings.minibatch * (2 if "partner" in tensors else 1)
+        self.replaced += int(tensors["replaced"].sum())
         return {**metrics, "lr": torch.tensor(lr), "weight_decay": torch.tensor(decay), "gradient_norm": norm.detach()}
 
-    def _score(self, last: bool) -> dict[str, float]:
-        """Ask the monitor, at rank 0, and keep the best weights."""
+    def _is_scored(self, last: bool) -> bool:
+        """Whether the monitor is asked at this step."""
         monitor = self.work.monitor
-        if monitor is None or (self.step % monitor.every and not last) or self.rank:
-            return {}
+        return monitor is not None and (last or self.step % monitor.every == 0)
+
+    def _score(self) -> dict[str, float]:
+        """Ask the monitor, and keep the best weights."""
+        monitor = cast(Monitor, self.work.monitor)
         self.objective.network.eval()
         scores = monitor.measure(self.device, self.precision)
         self.objective.network.train()
@@ -229,11 +238,14 @@ class _Worker:
         self.seconds += spent
         point = {name: float(value) for name, value in metrics.items()}
         point["images_per_s"] = self.images / max(spent, 1e-9)
+        # Of this rank's share, since the first step.
+        point["replaced_tiles"] = self.replaced
         self.images = 0
-        if not torch.isfinite(torch.tensor(point["loss"])):
-            raise FloatingPointError(
-                f"{self.run.title}: the loss is {point['loss']} at step {self.step}; lower the learning rate"
-            )
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(point[name]):
+                raise FloatingPointError(
+                    f"{self.run.title}: {name} is {point[name]} at step {self.step}; lower the learning rate"
+                )
         if self.work.guard is not None:
             self.work.guard.watch(self.step, point["entropy"], point["mean_entropy"])
         if self.rank == 0:
@@ -255,7 +267,9 @@ class _Worker:
             return
         tensors = {**self.objective.state_dict(), **checkpoints.optimizer_tensors(self.optimizer)}
         tensors |= {f"best.{name}": value for name, value in self.best_tensors.items()}
-        facts = {"history": self.history, "best": self.best, "seconds": self.seconds}
+        facts = {"history": self.history, "best": self.best, "seconds": self.seconds, "replaced": self.replaced}
+        if self.work.guard is not None:
+            facts["spell"] = self.work.guard.spell
         checkpoints.save(self.run.folder, Checkpoint(self.step, tensors, facts))
 
     def _restore(self) -> None:
@@ -272,10 +286,14 @@ class _Worker:
         checkpoints.load_optimizer(self.optimizer, checkpoint.tensors)
         self.step, self.seconds = checkpoint.step, checkpoint.facts["seconds"]
         self.history, self.best, self.best_tensors = checkpoint.facts["history"], checkpoint.facts["best"], best
+        self.replaced = checkpoint.facts["replaced"]
+        if self.work.guard is not None:
+            self.work.guard.spell = checkpoint.facts["spell"]
 
     def _finish(self) -> dict[str, Any]:
         """Write the result, `done.json` last."""
         facts: dict[str, Any] = {"steps": self.run.steps, "seconds": round(self.seconds, 3), "workers": self.world}
+        facts["replaced_tiles"] = self.replaced
         if self.rank:
             return facts
         folder = self.run.folder

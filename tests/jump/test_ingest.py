@@ -1,15 +1,18 @@
 import json
+import re
 import shutil
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import tifffile
 from skimage.transform import downscale_local_mean
 
 from coda_ray.config import CHANNELS, Config, Place
 from coda_ray.jump import prepare
-from coda_ray.jump.ingest import IngestError, run_ingest
+from coda_ray.jump.ingest import _SITE_SCHEMA, IngestError, IngestSummary, _Plate, _Run, run_ingest
+from coda_ray.jump.layout import PlateName
 from coda_ray.jump.simulate.serve import serve_folder
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import TileStore, read_tiles
@@ -137,7 +140,8 @@ def test_a_second_run_does_nothing_and_reads_no_image(tiny_bucket, tmp_path):
     shutil.rmtree(bucket / "cpg0016-jump")
     second = ingest(config)
     assert (first.plates, first.plates_before, second.plates, second.plates_before) == (9, 0, 0, 9)
-    assert "nothing to do" in second.text()
+    assert "nothing to do: 9 plates are in" in second.text()
+    assert "left out" not in second.text()
     assert second.bytes_read == 0
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "tiles").rglob("*") if path.is_file()}
 
@@ -175,7 +179,11 @@ def test_too_much_broken_stops_with_the_worst_reasons(tiny_bucket, tmp_path):
     with pytest.raises(IngestError) as caught:
         ingest(config_of(bucket, tmp_path / "tiles", sources=["sim_a"]))
     assert "max_bad_share = 0.05" in str(caught.value)
-    assert "file is not a TIFF" in str(caught.value)
+    assert f"file is not a TIFF, as {bucket}/" in str(caught.value)
+    store = store_of(config_of(bucket, tmp_path / "tiles", sources=["sim_a"]))
+    (path,) = re.findall(r"the sites are in (\S+?/quarantine\.parquet)", str(caught.value))
+    assert pd.read_parquet(path)["reason"].eq("file is not a TIFF").all()
+    assert store.plates() == []
     accepted = ingest(config_of(bucket, tmp_path / "tiles", sources=["sim_a"], max_bad_share=1.0))
     assert accepted.quarantined == {"file is not a TIFF": 24}
     assert accepted.tiles == 0
@@ -234,6 +242,8 @@ def test_plates_without_a_list_are_noted(tiny_bucket, tmp_path):
         ingest(config_of(bucket, tmp_path / "tiles", sources=["sim_b"]))
     summary = ingest(config_of(bucket, tmp_path / "tiles", sources=["sim_b", "sim_c"]))
     assert summary.plates == 2
+    assert summary.left_out == 4
+    assert "4 chosen plates were left out" in summary.text()
     assert sum("no image list in the bucket; left out" in note for note in summary.notes) == 3
     assert sum(f"{broken}: not an image list" in note for note in summary.notes) == 1
 
@@ -271,3 +281,34 @@ def test_a_list_of_ones_own_must_name_source_batch_and_plate(ray_cluster, tmp_pa
         ingest(config_of(tmp_path, tmp_path / "tiles", image_list=str(path)))
     with pytest.raises(IngestError, match=r"image_list = .*there is no such file"):
         ingest(config_of(tmp_path, tmp_path / "tiles", image_list=str(tmp_path / "none.csv")))
+
+
+def test_nothing_to_do_tells_of_plates_left_out():
+    summary = IngestSummary("here", 0, 5, 2, 0, {}, 0, 1.0, ("s/b/p: no image list in the bucket; left out",))
+    assert summary.text().splitlines()[:2] == [
+        "nothing to do: 5 plates are in here",
+        "2 chosen plates were left out: no image list of theirs can be read",
+    ]
+
+
+def test_a_stopped_run_gives_examples_and_keeps_the_quarantine_of_unfinished_plates(tmp_path):
+    names = [PlateName("s", "b", plate) for plate in ("p0", "p1")]
+    plates = [_Plate(name, pd.DataFrame(), [], missing=30) for name in names]
+    store = TileStore.open(open_place(Place(address=str(tmp_path))), {"channels": ["DNA"]})
+    rows = [
+        {**dict(zip(UNIT, (*name, "A01", str(site)), strict=True)), "plate_number": number, "bytes_read": 0,
+         "reason": "file is empty" if site % 2 else "channel DNA is not listed",
+         "address": f"at/{site}.tiff" if site % 2 else None}
+        for number, name in enumerate(names) for site in range(10)
+    ]  # fmt: skip
+    run = _Run(plates, store, 0.05, [], lambda progress: None)
+    with pytest.raises(IngestError) as caught:
+        run.take(pa.Table.from_pylist(rows, schema=_SITE_SCHEMA))
+    text = str(caught.value)
+    assert "10 × file is empty, as at/1.tiff" in text
+    assert "10 × channel DNA is not listed, as s/b/p0/A01/0" in text
+    (path,) = re.findall(r"the sites are in (\S+) and 1 like it", text)
+    kept = pd.read_parquet(path)
+    assert len(kept) == 10
+    assert set(kept["address"].dropna()) == {f"at/{site}.tiff" for site in range(1, 10, 2)}
+    assert store.plates() == []

@@ -4,16 +4,20 @@ import io
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+import torch
 from sklearn.metrics import accuracy_score, f1_score
 
 from coda_ray.config import Config
 from coda_ray.pipeline import data
 from coda_ray.pipeline.data import DataError
+from coda_ray.pipeline.evaluate import evaluate, predictions_of
 from coda_ray.pipeline.matrix import StagesFailedError, requests_of, run_transfers
+from coda_ray.pipeline.train_stages import stage_tensors
 from coda_ray.pipeline.transfer import Request, plan, stages_of
 from coda_ray.storage import open_place
-from coda_ray.tiles.store import LABEL
+from coda_ray.tiles.store import LABEL, table_bytes
 from synthetic import small_config, write_tiles
 
 SCORES = ["n_images", "n_wells", "accuracy", "macro_f1", "well_accuracy", "well_macro_f1", "steps", "key"]
@@ -77,6 +81,22 @@ def test_scores_are_those_of_the_stored_predictions(finished):
     assert (embeddings["Metadata_Well"] == table["Metadata_Well"]).all()
 
 
+def test_an_evaluation_goes_on_where_it_was_broken_off(finished):
+    config, requests, _ = finished
+    classifier = next(stage for stage in stages_of(plan(config, requests[1])) if stage.kind == "classify")
+    tiles = data.load_tiles(config, "b").unit("plate", "bb0p1")
+    small = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"minibatch": 8})})
+    stage = evaluate(small, tiles, "one plate", classifier)
+    folder = open_place(config.results).child(stage.path)
+    told = np.eye(1, len(classifier.inputs["classes"]) + 16, dtype=np.float32).repeat(8, axis=0)
+    folder.write("parts/8-001-000-000000.parquet", table_bytes(pa.table({"row": np.arange(8), "values": list(told)})))
+    folder.write("parts/8-001-000-000001.parquet.0f.part", b"half a file")
+    assert stage.run(small, None)["tiles"] == len(tiles)
+    table = predictions_of(small, stage)
+    certain = (table.filter(like="probability_").max(axis=1) == 1.0).to_numpy()
+    np.testing.assert_array_equal(np.flatnonzero(certain), np.arange(8))
+
+
 def test_a_second_run_only_looks_up(finished):
     config, requests, outcome = finished
     lines: list[str] = []
@@ -91,7 +111,7 @@ def test_a_second_run_only_looks_up(finished):
     ]  # fmt: skip
 
 
-def test_labels_of_the_target_turned_to_noise_leave_every_stage_as_it_is(finished, monkeypatch):
+def test_labels_of_the_target_turned_to_noise_change_no_weight(finished, monkeypatch, tmp_path):
     config, requests, _ = finished
     before = [stage.key for stage in stages_of(plan(config, requests[0]))]
     true = data.load_tiles
@@ -106,6 +126,13 @@ def test_labels_of_the_target_turned_to_noise_leave_every_stage_as_it_is(finishe
     monkeypatch.setattr(data, "load_tiles", noisy)
     noise = plan(config, requests[0])
     assert [stage.key for stage in stages_of(noise)] == before
+    elsewhere = config.model_copy(update={"results": config.results.model_copy(update={"address": str(tmp_path)})})
+    adapted = next(stage for stage in stages_of(plan(elsewhere, requests[0])) if stage.kind == "adapt")
+    for stage in (*adapted.needs, adapted):
+        stage.run(elsewhere, None)
+    weights, again = stage_tensors(config, adapted), stage_tensors(elsewhere, adapted)
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
     assert {t.key for t in noise}.isdisjoint({t.key for t in _with(monkeypatch, true, config, requests[0])})
 
 

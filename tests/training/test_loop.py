@@ -5,10 +5,13 @@ import os
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from ray import cloudpickle
 
+from coda_ray.pipeline import data
+from coda_ray.pipeline.evaluate import evaluate, predictions_of
 from coda_ray.pipeline.train_stages import classify, pretrain
 from coda_ray.storage import open_place
 from coda_ray.training.checkpoints import read_tensors
@@ -126,29 +129,49 @@ def on(config, workers):
     return config.model_copy(update={"train": config.train.model_copy(update={"workers": workers})})
 
 
+def chain(config):
+    """Plan a pre-training, the classifier on it and its predictions."""
+    pretrained = pretrain(config, "s", cross_batch=True, seed=0)
+    classified = classify(config, "s", seed=0, extractor=pretrained)
+    return pretrained, classified, evaluate(config, data.load_tiles(config, "s"), "s", classified)
+
+
 @pytest.fixture(scope="module")
 def alone(ray_cluster, tmp_path_factory):
-    """A run inside one task, and a configuration of the same run with results of its own."""
-    root = tmp_path_factory.mktemp("groups")
-    first, second = configs(root, dino={"drop_path": 0.0}, views={"jitter_probability": 0.0})
-    stage = pretrain(first, "s", cross_batch=True, seed=0)
-    stage.run(first, None)
-    return weights_of(first, stage), second
+    """Stages that ran inside one task, and a configuration of the same run with results of its own."""
+    sections = {
+        "dino": {"drop_path": 0.0},
+        "views": {"jitter_probability": 0.0},
+        "classify": {"steps": 7, "validate_every": 2, "select": "last"},
+        # Scores fall between log points: every rank must stop there.
+        "train": {"log_every": 3},
+    }
+    first, second = configs(tmp_path_factory.mktemp("groups"), **sections)
+    for stage in chain(first):
+        stage.run(first, None)
+    return first, second
 
 
 @pytest.mark.slow
-def test_an_elastic_group_learns_what_one_worker_learns(alone):
-    weights, config = alone
-    stage = pretrain(config, "s", cross_batch=True, seed=0)
-    assert stage.run(on(config, "1-2"), None)["workers"] == 2
-    assert_same(weights, weights_of(config, stage), tolerance=2e-3)
+def test_an_elastic_group_does_what_one_worker_does(alone):
+    first, second = alone
+    group = on(second, "1-2")
+    for stage in chain(second):
+        facts = stage.run(group, None)
+        if stage.kind == "evaluate":
+            mine, theirs = predictions_of(first, stage), predictions_of(second, stage)
+            pd.testing.assert_frame_equal(mine, theirs, atol=5e-3, rtol=0)
+            assert facts["tiles"] == len(mine)
+        else:
+            assert facts["workers"] == 2
+            assert_same(weights_of(first, stage), weights_of(second, stage), tolerance=2e-3)
 
 
 @pytest.mark.slow
 def test_a_worker_that_dies_changes_nothing(alone, tmp_path):
-    weights, config = alone
-    config = config.model_copy(update={"results": config.results.model_copy(update={"address": str(tmp_path)})})
+    first, second = alone
+    config = second.model_copy(update={"results": second.results.model_copy(update={"address": str(tmp_path)})})
     stage = pretrain(config, "s", cross_batch=True, seed=0)
-    stage.run(on(config, "1"), Breaks(tmp_path / "died", 5, "exit"))
+    stage.run(on(config, "1"), Breaks(tmp_path / "died", 6, "exit"))
     assert (tmp_path / "died").exists()
-    assert_same(weights, weights_of(config, stage))
+    assert_same(weights_of(first, stage), weights_of(config, stage))

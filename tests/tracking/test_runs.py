@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -270,7 +271,7 @@ def test_live_curves_give_up_on_a_silent_server(results, silent_server, short_ti
 
 
 def test_nothing_is_sent_without_an_address(results, caplog, monkeypatch, make_transfer):
-    remote = Folder(fs=object(), root="bucket/results")
+    remote = Folder(fs=SimpleNamespace(), root="bucket/results")
     with caplog.at_level(logging.INFO, logger="coda_ray"):
         for tracker in (Tracker.open(Tracking(), remote), Tracker.open(Tracking(enabled=False), results)):
             tracker.start_job({"name": "n", "key": "k"})

@@ -23,7 +23,7 @@ from coda_ray.tracking.figures import figure_png, matrix_figures
 from coda_ray.tracking.records import read_history
 from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.table import compile_transfers, job_matrix
-from coda_ray.training.launch import resources, workers_of
+from coda_ray.training.launch import resources
 from coda_ray.training.loop import Report
 
 log = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ class _Runner:
         """Hand one stage to Ray; it starts when its needs are finished and its resources free."""
         needs = [self.references[need.key] for need in stage.needs if need.key in self.references]
         train = self.config.train
-        inside = workers_of(train)[1] == 0
+        inside = train.worker_range[1] == 0
         wanted = resources(train) if inside else {}
         # A process that has used one GPU cannot move to another: it is kept warm only where there is no other.
         warm = not wanted.get("GPU") or all(node["Resources"].get("GPU", 0) <= 1 for node in _nodes())
@@ -282,7 +282,7 @@ class _Runner:
     def _at_a_time(self) -> int:
         """How many stages are handed out: any number of small ones, which Ray queues; of worker groups what fits."""
         train = self.config.train
-        low, _ = workers_of(train)
+        low, _ = train.worker_range
         if low == 0:
             return max(1, len(self.stages))
         have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]

@@ -15,21 +15,6 @@ from coda_ray.storage import Folder
 Loop = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
-def workers_of(train: Train) -> tuple[int, int]:
-    """Least and most workers of `train.workers`.
-
-    Raises
-    ------
-    ValueError
-        When the range falls.
-    """
-    low, _, high = train.workers.partition("-")
-    bounds = int(low), int(high or low)
-    if bounds[0] > bounds[1] or (bounds[0] == 0 and bounds[1] > 0):
-        raise ValueError(f"train.workers = {train.workers!r}: give 0, a number, or a rising range from 1, such as 1-4")
-    return bounds
-
-
 def launch(loop: Loop, run: Any, train: Train, results: Folder) -> dict[str, Any]:
     """Run a worker loop to its end.
 
@@ -49,7 +34,7 @@ def launch(loop: Loop, run: Any, train: Train, results: Folder) -> dict[str, Any
     dict
         What rank 0's loop returned.
     """
-    low, high = workers_of(train)
+    low, high = train.worker_range
     if high == 0:
         # Ray Train's local mode: the same loop in this process, a tenth of a second instead of a new process tree.
         trainer = TorchTrainer(cast(Any, loop), train_loop_config={"run": run}, scaling_config=ScalingConfig(num_workers=0))

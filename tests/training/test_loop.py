@@ -15,7 +15,6 @@ from coda_ray.pipeline.evaluate import evaluate, predictions_of
 from coda_ray.pipeline.train_stages import classify, pretrain
 from coda_ray.storage import open_place
 from coda_ray.training.checkpoints import read_tensors
-from coda_ray.training.launch import workers_of
 from synthetic import small_config, write_tiles
 
 # Workers of a Ray Train group do not find this module by name.
@@ -117,12 +116,12 @@ def test_the_best_weights_on_the_held_out_plate_are_kept(ray_cluster, tmp_path):
 
 @pytest.mark.parametrize(("text", "bounds"), [("0", (0, 0)), ("3", (3, 3)), ("1-4", (1, 4))])
 def test_worker_ranges(text, bounds):
-    assert workers_of(small_config(Path("x"), train={"workers": text}).train) == bounds
+    assert small_config(Path("x"), train={"workers": text}).train.worker_range == bounds
 
 
 def test_a_falling_range_of_workers_is_refused():
     with pytest.raises(ValueError, match=r"train\.workers = '4-2'"):
-        workers_of(small_config(Path("x"), train={"workers": "4-2"}).train)
+        small_config(Path("x"), train={"workers": "4-2"})
 
 
 def on(config, workers):

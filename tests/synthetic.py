@@ -24,7 +24,7 @@ def small_config(root: Path, **sections: object) -> Config:
         "bucket": {"address": str(root / "bucket")},
         "metadata": {"address": str(root / "bucket" / "metadata")},
         "ingest": {"channels": ["DNA", "ER"]},
-        "stream": {"rows_per_task": 16},
+        "stream": {"rows_per_task": 16, "tasks": 1},
         "model": {"arch": "vit", "patch": 8, "width": 16, "depth": 2, "heads": 2, "init": "random"},
         "views": {"tile_crop": SIDE, "size_global": 24, "size_local": 16, "locals_per_sample": 2},
         "dino": {

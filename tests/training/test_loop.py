@@ -5,13 +5,10 @@ import os
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from ray import cloudpickle
 
-from coda_ray.pipeline import data
-from coda_ray.pipeline.evaluate import evaluate, predictions_of
 from coda_ray.pipeline.train_stages import classify, pretrain
 from coda_ray.storage import open_place
 from coda_ray.training.checkpoints import read_tensors
@@ -129,10 +126,9 @@ def on(config, workers):
 
 
 def chain(config):
-    """Plan a pre-training, the classifier on it and its predictions."""
+    """Plan a pre-training and the classifier on it."""
     pretrained = pretrain(config, "s", cross_batch=True, seed=0)
-    classified = classify(config, "s", seed=0, extractor=pretrained)
-    return pretrained, classified, evaluate(config, data.load_tiles(config, "s"), "s", classified)
+    return pretrained, classify(config, "s", seed=0, extractor=pretrained)
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +152,8 @@ def test_groups_do_what_one_worker_does(alone):
     first, second = alone
     for stage in chain(second):
         facts = stage.run(on(second, "1-2" if stage.kind == "pretrain" else "2"), None)
-        if stage.kind == "evaluate":
-            mine, theirs = predictions_of(first, stage), predictions_of(second, stage)
-            pd.testing.assert_frame_equal(mine, theirs, atol=5e-3, rtol=0)
-            assert facts["tiles"] == len(mine)
-        else:
-            assert facts["workers"] == 2
-            assert_same(weights_of(first, stage), weights_of(second, stage), tolerance=2e-3)
+        assert facts["workers"] == 2
+        assert_same(weights_of(first, stage), weights_of(second, stage), tolerance=2e-3)
 
 
 @pytest.mark.slow

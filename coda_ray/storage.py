@@ -226,14 +226,15 @@ def retrying(call: Callable[[], T], what: str) -> T:
     OSError
         After the last attempt. Both name the address.
     """
-    for attempt in count(1):
+    attempt = 0
+    while True:
+        attempt += 1
         try:
             return call()
         except FINAL:
             raise
         except Exception as error:
             _wait_or_raise(error, attempt, what)
-    raise AssertionError("unreachable")
 
 
 def _wait_or_raise(error: Exception, attempt: int, what: str) -> None:

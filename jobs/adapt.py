@@ -4,7 +4,7 @@ import sys
 
 from pydantic import Field
 
-from coda_ray.config import Config, Granularity, Method, parse_job, told_in_one_line
+from coda_ray.config import Config, Granularity, Method, parse_job
 
 
 class AdaptJob(Config):
@@ -30,8 +30,7 @@ def main() -> int:
 
     request = Request(job.source, job.target, job.method, job.granularity, job.seed)
     name = f"{job.method} {job.source} to {job.target}, per {job.granularity}, seed {job.seed}"
-    with told_in_one_line("jobs/adapt.py"):
-        return run_job(job, [request], kind="adapt", name=name)
+    return run_job(job, [request], kind="adapt", name=name)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import sys
 
-from coda_ray.config import Config, parse_job, told_in_one_line
+from coda_ray.config import Config, parse_job
 
 
 def main() -> int:
@@ -17,8 +17,7 @@ def main() -> int:
             print(f"jobs/matrix.py: matrix.{field} is empty; name at least one in the configuration file", file=sys.stderr)
             return 2
     name = f"matrix of {len(wanted.sources)} x {len(wanted.targets)}, {', '.join(wanted.methods)}"
-    with told_in_one_line("jobs/matrix.py"):
-        return run_job(config, requests_of(wanted), kind="matrix", name=name)
+    return run_job(config, requests_of(wanted), kind="matrix", name=name)
 
 
 if __name__ == "__main__":

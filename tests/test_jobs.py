@@ -104,7 +104,7 @@ def study(root: Path, results: str) -> Path:
         matrix={
             "sources": ["a"],
             "targets": ["b"],
-            "methods": ["coda"],
+            "methods": ["supervised", "oda", "coda"],
             "granularities": ["batch"],
             "seeds": [0],
         },
@@ -210,7 +210,7 @@ def test_ray_job_submit_runs_adapt_and_matrix_unchanged(submitted):
     for done in jobs:
         assert done.returncode == 0, done.stdout + done.stderr
         assert "source → target" in done.stdout
-    assert set(transfers_of(root, "submitted")["method"]) == {"dual-cb", "coda"}
+    assert set(transfers_of(root, "submitted")["method"]) == {"supervised", "dual-dino", "dual-cb", "oda", "coda"}
 
 
 @pytest.mark.slow

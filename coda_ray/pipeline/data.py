@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from coda_ray.config import Config, Granularity, Ingest, Place
+from coda_ray.config import Config, ConfigError, Granularity, Ingest, Place
 from coda_ray.jump.prepare import preparation_of
 from coda_ray.storage import open_place
 from coda_ray.tiles.plan import Partners, SamplePlan
@@ -15,7 +15,7 @@ from coda_ray.tiles.reader import TileSource
 from coda_ray.tiles.store import COMPOUND, LABEL, UNIT_COLUMNS, TileIndex, TileStore
 
 
-class DataError(ValueError):
+class DataError(ConfigError):
     """Tiles that a stage cannot use as configured; the text names them and the remedy."""
 
 

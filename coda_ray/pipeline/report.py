@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from coda_ray.cluster import start_ray
-from coda_ray.config import Config
-from coda_ray.pipeline.data import DataError
+from coda_ray.config import Config, ConfigError, told_in_one_line
 from coda_ray.pipeline.matrix import Outcome, StagesFailedError, run_transfers
 from coda_ray.pipeline.transfer import Request
 from coda_ray.storage import open_place
@@ -39,26 +38,28 @@ def run_job(config: Config, requests: Sequence[Request], *, kind: str, name: str
     Returns
     -------
     int
-        0; 1 when stages failed; 2 when the tiles cannot be used as configured.
+        0.
+
+    Raises
+    ------
+    SystemExit
+        With code 1 when stages failed, with code 2 when the tiles cannot be used as configured.
     """
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    start_ray()
-    try:
-        outcome = run_transfers(
-            config,
-            requests,
-            kind=kind,
-            name=name,
-            command=shlex.join(["python", *sys.argv]),
-            say=lambda line: console.print(line, markup=False, highlight=False),
-        )
-    except (DataError, FileNotFoundError) as error:
-        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
-        return 2
-    except StagesFailedError as error:
-        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
-        return 1
-    _show(console, config, outcome)
+    with told_in_one_line(sys.argv[0], StagesFailedError):
+        start_ray()
+        try:
+            outcome = run_transfers(
+                config,
+                requests,
+                kind=kind,
+                name=name,
+                command=shlex.join(["python", *sys.argv]),
+                say=lambda line: console.print(line, markup=False, highlight=False),
+            )
+        except FileNotFoundError as error:  # tiles that are not there
+            raise ConfigError(str(error)) from error
+        _show(console, config, outcome)
     return 0
 
 

@@ -151,11 +151,11 @@ class _Health:
                     "tile %s (%d of %d so far): %s", "replaced" if self.replace else "left out", self.bad, self.read, reason
                 )
             self.reasons[reason] += 1
+        if self.bad > self.max_share * max(self.read, 100):
+            self._stop(f"above stream.max_bad_share = {self.max_share}")
         lost = columns["sample"][~columns["readable"]]
         if self.replace and len(lost):
             self._stop(f"sample {lost[0]} and its {REPLACEMENTS} replacements could not be read")
-        if self.bad > self.max_share * max(self.read, 100):
-            self._stop(f"above stream.max_bad_share = {self.max_share}")
 
     def _stop(self, why: str) -> NoReturn:
         """Stop with the most frequent reason."""

@@ -1,12 +1,10 @@
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import ray
 import tifffile
 
 from coda_ray.config import CHANNELS, Place
@@ -16,20 +14,10 @@ from coda_ray.jump.simulate.layout import draw_plates, draw_wells
 from coda_ray.jump.simulate.microscope import illumination
 from coda_ray.jump.simulate.world import NAMES, compound_effects, draw_batch, optics
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 SMALL = PRESETS["tiny"].model_copy(update={"moas": 2, "dmso_wells": 1, "field_px": 64})
 GALLERY = "s3://cellpainting-gallery"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray() -> Iterator[None]:
-    started = not ray.is_initialized()
-    if started:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    if started:
-        ray.shutdown()
 
 
 def write(folder: Path, *, defects: bool = False) -> dict[str, str]:
@@ -45,7 +33,7 @@ def write(folder: Path, *, defects: bool = False) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bucket(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bucket")
     write(folder)
     return folder

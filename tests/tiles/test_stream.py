@@ -137,7 +137,7 @@ def test_too_many_failing_tiles_stop_the_run(ray_cluster, index, tmp_path):
     store = write_tiles(small_config(tmp_path), "s", batches=2)
     index = store.index(["s"])
     store.folder.delete(index.frame["shard"].iloc[0])
-    with pytest.raises(UnreadableTilesError, match=r"its 8 replacements could not be read.*jobs/ingest\.py"):
+    with pytest.raises(UnreadableTilesError, match=r"above stream\.max_bad_share = 0\.01.*jobs/ingest\.py"):
         run(source_of(index), steps=200)
 
 

@@ -23,7 +23,7 @@ from coda_ray.learn.dual import DualModel
 from coda_ray.learn.precision import choose_precision
 from coda_ray.learn.supervised import SupervisedModel
 from coda_ray.pipeline import networks
-from coda_ray.pipeline.stage import Stage
+from coda_ray.pipeline.stage import Stage, settings_of
 from coda_ray.pipeline.train_stages import Made, stage_tensors, teacher_of
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, table_bytes
@@ -62,7 +62,7 @@ def evaluate(config: Config, index: TileIndex, what: str, classifier: Stage, ada
         An adaptation whose teacher replaces the feature extractor; the classifier stays as it is.
     """
     tiles = index.without_labels()
-    inputs = {"tiles": tiles.fingerprint, "views": config.views.model_dump(mode="json"), "precision": config.train.precision}
+    inputs = {"tiles": tiles.fingerprint, "views": settings_of(config.views), "precision": config.train.precision}
     title = f"evaluate {(adapted or classifier).title} on {what}"
     needs = (classifier, adapted) if adapted else (classifier,)
     return Stage("evaluate", title, inputs, partial(_make, config, tiles, title, classifier, adapted), needs)

@@ -6,14 +6,24 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from pydantic import BaseModel
+
 from coda_ray.config import Config
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key
 from coda_ray.training.launch import launch
 from coda_ray.training.loop import Report
 
-# Part of every key: raise it when a change of code changes results.
-RECIPE_VERSION = 1
+# Part of every key: raise it when a change of code, or of a default, changes results.
+RECIPE_VERSION = 2
+
+
+def settings_of(section: BaseModel, *, exclude: set[str] | None = None) -> dict[str, Any]:
+    """List the settings of a section that differ from its defaults, for a key.
+
+    A new option whose default is what was done before thus leaves finished stages valid.
+    """
+    return section.model_dump(mode="json", exclude_defaults=True, exclude=exclude)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from coda_ray.learn.precision import Precision
 from coda_ray.learn.supervised import SupervisedModel
 from coda_ray.learn.vit import tokens
 from coda_ray.pipeline import data, networks
-from coda_ray.pipeline.stage import Stage
+from coda_ray.pipeline.stage import Stage, settings_of
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.plan import SamplePlan
 from coda_ray.tiles.reader import TileSource
@@ -154,11 +154,11 @@ def teacher_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _inputs(config: Config, optimisation: Optimisation, seed: int, *sections: str) -> dict[str, Any]:
     """Collect the settings that decide the result of a training stage."""
     names = ("model", "views", *sections)
-    chosen = {name: getattr(config, name).model_dump(mode="json") for name in names}
+    chosen: dict[str, Any] = {name: settings_of(getattr(config, name)) for name in names}
     if config.model.init.endswith(".safetensors"):
         chosen["weights"] = {"sha256": _sha256(config.model.init)}
     # `minibatch` holds what counts.
-    rates = optimisation.model_dump(mode="json", exclude={"minibatch_unit"})
+    rates = settings_of(optimisation, exclude={"minibatch_unit"})
     return {**chosen, "optimisation": rates, "seed": seed, "precision": config.train.precision}
 
 

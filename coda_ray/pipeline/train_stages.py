@@ -51,16 +51,17 @@ def pretrain(config: Config, source: str, *, cross_batch: bool, seed: int) -> St
         When tiles have no partner and `adapt.no_partner` is `error`.
     """
     tiles = data.unlabelled(data.training_tiles(config, source))
+    objective = "dino-cb" if cross_batch else "dino"
     note = tiles.check_partners(config, f"pretrain on {source}") if cross_batch else None
     if config.train.knn_every:
         data.labelled_held_out(config, source)
     inputs = {
         **_inputs(config, config.pretrain, seed, "dino"),
         "source": source,
-        "cross_batch": cross_batch,
+        "objective": objective,
         "tiles": tiles.fingerprints,
     }
-    title = f"pretrain {'dino-cb' if cross_batch else 'dino'} on {source}, seed {seed}"
+    title = f"pretrain {objective} on {source}, seed {seed}"
     epoch = len(tiles.anchors) // config.pretrain.minibatch
     build = partial(_dino_work, config, tiles, config.pretrain, epoch, seed, cross_batch, None, source)
     return Stage("pretrain", title, inputs, partial(_make, config, config.pretrain, epoch, seed, title, build, note))
@@ -91,7 +92,7 @@ def classify(config: Config, source: str, *, seed: int, extractor: Stage | None)
     }
     title = f"classify {'dual' if extractor else 'supervised'} on {source}, seed {seed}"
     if extractor:
-        title = title.replace("dual", "dual-cb" if extractor.inputs["cross_batch"] else "dual-dino")
+        title = title.replace("dual", "dual-cb" if extractor.inputs["objective"] == "dino-cb" else "dual-dino")
     epoch = len(index) // config.classify.minibatch
     build = partial(_classify_work, config, source, index.fingerprint, classes, seed, extractor)
     make = partial(_make, config, config.classify, epoch, seed, title, build, None)
@@ -110,7 +111,7 @@ def adapt(config: Config, pretrained: Stage, target: str, *, granularity: Granul
     DataError
         When tiles have no partner and `adapt.no_partner` is `error`.
     """
-    cross_batch = bool(pretrained.inputs["cross_batch"])
+    cross_batch = pretrained.inputs["objective"] == "dino-cb"
     tiles = data.adaptation_tiles(config, target, granularity, unit)
     method = "coda" if cross_batch else "oda"
     title = f"adapt {method} {pretrained.inputs['source']} to {target} {granularity} {unit}, seed {seed}"

@@ -22,7 +22,23 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 CHANNELS = ("DNA", "ER", "RNA", "AGP", "Mito")
 Channel = Literal["DNA", "ER", "RNA", "AGP", "Mito"]
 Granularity = Literal["source", "batch", "plate"]
-Method = Literal["supervised", "dual-dino", "dual-cb", "oda", "coda"]
+Method = Literal[
+    "supervised",
+    "dual-mae",
+    "dual-dino",
+    "dual-cb",
+    "ttt",
+    "oda-mae",
+    "oda",
+    "coda",
+    "standardise",
+    "sphering",
+    "harmony",
+    "tent",
+]
+# Fitted to a unit of the target. The others leave the model as it is, or treat each image or plate by itself.
+METHODS_PER_UNIT: frozenset[Method] = frozenset({"oda-mae", "oda", "coda", "sphering", "harmony", "tent"})
+Split = Literal["plate", "compounds"]
 # Ray's job supervisor sets it for the driver of a submitted job, and for nothing else.
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -283,6 +299,11 @@ class Dino(Section):
     """Teacher momentum at the last step."""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """Stochastic depth of the student, rising linearly over its blocks."""
+    pairs: Literal["batch", "plate"] = "batch"
+    """Cross-batch partners: the same compound from another batch (the paper's text), or from another plate, of the same batch
+    too (its released code)."""
+    extractor: Literal["teacher", "student"] = "teacher"
+    """Which network becomes the feature extractor."""
     freeze_last_layer: Duration = "1 epochs"
     """How long the head's last layer stays frozen."""
     collapse: Literal["stop", "warn", "off"] = "warn"
@@ -293,6 +314,25 @@ class Dino(Section):
     """Collapsed: mean entropy per sample above this share of ln(out_dim)."""
     collapse_patience: int = Field(10, ge=1)
     """Consecutive log points outside the bounds before the guard acts."""
+
+
+class Mae(Section):
+    """The masked autoencoder (He et al., CVPR 2022)."""
+
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    """Share of patches that are masked."""
+    decoder_width: int = Field(256, ge=4, multiple_of=4)
+    """Decoder: embedding dimensions."""
+    decoder_depth: int = Field(4, ge=1)
+    """Decoder: blocks."""
+    decoder_heads: int = Field(8, ge=1)
+    """Decoder: attention heads."""
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> Self:
+        if self.decoder_width % self.decoder_heads:
+            raise ValueError(f"mae.decoder_width = {self.decoder_width} is no multiple of mae.decoder_heads = {self.decoder_heads}")
+        return self
 
 
 class Optimisation(Section):
@@ -351,6 +391,53 @@ class Adapt(Optimisation):
     """A compound that has no tile in another batch: stop before training, or pair the tile with itself."""
     partner_pool: Literal["source", "unit"] = "source"
     """Where partners come from: the other batches of the whole target source, or only those of the unit itself."""
+
+
+class Ttt(Section):
+    """Test-time training, one image at a time by SGD (Gandelsman et al., NeurIPS 2022, whose settings these are)."""
+
+    steps: int = Field(20, ge=1)
+    """Optimisation steps per image."""
+    masks: int = Field(128, ge=1)
+    """Random masks of the image per step."""
+    lr: float = Field(5e-3, gt=0)
+    """Learning rate."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum."""
+    weight_decay: float = Field(0.2, ge=0)
+    """Weight decay, on every parameter."""
+    images_at_once: int = Field(8, ge=1)
+    """Images adapted side by side, each with its own weights; changes memory and speed, not the result."""
+
+
+class Tent(Optimisation):
+    """Tent (Wang et al., ICLR 2021): entropy of the predictions over the affine parameters of the normalisation layers."""
+
+    steps: Duration = "1 epochs"
+    """Length of the stage: steps, or `N epochs` over the target."""
+    minibatch: int = Field(64, ge=1)
+    """Images per step over all workers."""
+    lr: float = Field(1e-3, gt=0)
+    """Learning rate."""
+    lr_start: float = Field(1e-3, ge=0)
+    """Learning rate at step 0."""
+    lr_end: float = Field(1e-3, ge=0)
+    """Learning rate at the last step."""
+    warmup: Duration = 0
+    """Linear warm-up."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Weight decay at step 0."""
+    weight_decay_end: float = Field(0.0, ge=0)
+    """Weight decay at the last step."""
+
+
+class Baselines(Section):
+    """Corrections that train nothing, or next to nothing, on the target: standardise, sphering, harmony, tent."""
+
+    model: Literal["supervised", "dual-mae", "dual-dino", "dual-cb"] = "dual-cb"
+    """The unadapted model that they start from."""
+    sphering_epsilon: float = Field(1e-2, gt=0)
+    """Added to each eigenvalue of the controls' covariance, as a share of the mean eigenvalue."""
 
 
 class Train(Section):
@@ -416,6 +503,8 @@ class Matrix(Section):
     """Rows of the result matrix."""
     granularities: list[Granularity] = ["source"]
     """Units of adaptation."""
+    splits: list[Split] = ["plate"]
+    """What is held out; see split."""
     seeds: list[Annotated[int, Field(ge=0)]] = [0]
     """Seeds; the matrix shows mean and standard deviation over them."""
 
@@ -441,16 +530,29 @@ class Config(Section):
     """Views."""
     dino: Dino = Dino()
     """DINO."""
+    mae: Mae = Mae()
+    """Masked autoencoder (methods dual-mae, oda-mae, ttt)."""
     pretrain: Optimisation = Optimisation()
     """Self-supervised pre-training on the source."""
     classify: Classify = Classify()
     """Labelled training on the source."""
     adapt: Adapt = Adapt()
     """Adaptation on the target."""
+    ttt: Ttt = Ttt()
+    """Test-time training (method ttt)."""
+    tent: Tent = Tent()
+    """Entropy minimisation on the target (method tent)."""
+    baselines: Baselines = Baselines()
+    """Corrections of features, and tent."""
     evaluate: Evaluate = Evaluate()
     """Evaluation."""
     train: Train = Train()
     """Workers, precision, checkpoints."""
+    split: Split = "plate"
+    """What is held out: `plate` (the paper's: one plate per source; every compound is trained on), or `compounds` (also a share
+    of each MoA's compounds, in no training and no adaptation, which alone is scored)."""
+    held_out_compounds: float = Field(0.34, gt=0, lt=1)
+    """With split=compounds: share of each MoA's compounds that is held out; one at least, of two or more."""
     held_out: dict[str, str] = {}
     """Held-out plate of each source (source=plate); the last plate by batch and name where a source is not named."""
     tracking: Tracking = Tracking()
@@ -475,8 +577,9 @@ class Config(Section):
             ("classify", "minibatch"),
             ("adapt", "minibatch"),
             ("adapt", "minibatch_unit"),
+            ("tent", "minibatch"),
         ):
-            koleo = self.dino.koleo_weight > 0 and stage != "classify"
+            koleo = self.dino.koleo_weight > 0 and stage in ("pretrain", "adapt")
             least, given = (2 if koleo else 1) * most, getattr(getattr(self, stage), field)
             if given is not None and given < least:
                 why = f"{most} worker(s) of train.workers" + (" and 2 samples for each, by dino.koleo_weight," if koleo else "")

@@ -1,5 +1,7 @@
 """The tiles of each stage: training and held-out plates of a source, units of a target, and their cross-batch partners."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -66,10 +68,40 @@ def held_out_plate(config: Config, source: str) -> str:
     return chosen
 
 
+def held_out_compounds(config: Config, source: str) -> list[str]:
+    """Name the compounds that no training and no adaptation from a source sees; none with split=plate.
+
+    Chosen by the hash of their names within each MoA of the source, so that every source with the same compounds, and every
+    seed, holds out the same ones. No label of a target takes part.
+    """
+    if config.split == "plate":
+        return []
+    named = load_tiles(config, source).labelled().frame[[COMPOUND, LABEL]].drop_duplicates()
+    chosen: list[str] = []
+    for _, compounds in named.groupby(LABEL)[COMPOUND]:
+        ranked = sorted(compounds, key=lambda name: hashlib.sha256(name.encode()).digest())
+        wanted = max(1, round(config.held_out_compounds * len(ranked)))
+        chosen += ranked[: min(wanted, len(ranked) - 1)]
+    return sorted(chosen)
+
+
+def seen(config: Config, source: str, index: TileIndex) -> TileIndex:
+    """Keep the tiles that training on a source, and adaptation from it, may use."""
+    return index.where(~index.frame[COMPOUND].isin(held_out_compounds(config, source)))
+
+
+def scored(config: Config, source: str, index: TileIndex, classes: Sequence[str]) -> TileIndex:
+    """Keep the tiles that a classifier of a source is scored on: MoA labels it knows; with split=compounds, unseen compounds."""
+    known = index.frame[LABEL].isin(classes)
+    if config.split == "compounds":
+        known &= index.frame[COMPOUND].isin(held_out_compounds(config, source))
+    return index.where(known)
+
+
 def training_tiles(config: Config, source: str) -> TileIndex:
-    """Tiles of a source without its held-out plate."""
+    """Tiles of a source without its held-out plate and compounds."""
     index = load_tiles(config, source)
-    return index.where(index.frame["Metadata_Plate"] != held_out_plate(config, source))
+    return seen(config, source, index.where(index.frame["Metadata_Plate"] != held_out_plate(config, source)))
 
 
 def held_out_tiles(config: Config, source: str) -> TileIndex:
@@ -78,14 +110,14 @@ def held_out_tiles(config: Config, source: str) -> TileIndex:
 
 
 def labelled_held_out(config: Config, source: str) -> TileIndex:
-    """Tiles of a source's held-out plate that have a MoA label.
+    """Tiles of a source's held-out plate, of compounds that training may know, that have a MoA label.
 
     Raises
     ------
     DataError
         When none has.
     """
-    index = held_out_tiles(config, source).labelled()
+    index = seen(config, source, held_out_tiles(config, source)).labelled()
     if not len(index):
         raise DataError(
             f"held_out.{source} = {held_out_plate(config, source)!r}: none of its tiles has a MoA label to score by; "
@@ -182,15 +214,15 @@ def unlabelled(index: TileIndex) -> UnlabelledTiles:
     return UnlabelledTiles(index.without_labels(), np.arange(len(index), dtype=np.int64))
 
 
-def adaptation_tiles(config: Config, target: str, granularity: Granularity, unit: str) -> UnlabelledTiles:
-    """Tiles of one unit of a target, with partners from `adapt.partner_pool`.
+def adaptation_tiles(config: Config, source: str, target: str, granularity: Granularity, unit: str) -> UnlabelledTiles:
+    """Tiles of one unit of a target that a model of a source may adapt to, with partners from `adapt.partner_pool`.
 
     Raises
     ------
     DataError
         When the target has no such unit.
     """
-    whole = load_tiles(config, target).without_labels()
+    whole = seen(config, source, load_tiles(config, target)).without_labels()
     inside = (whole.frame[UNIT_COLUMNS[granularity]] == unit).to_numpy()
     if not inside.any():
         raise DataError(f"{target} has no {granularity} {unit!r}; it has {', '.join(whole.units(granularity))}")

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Self, cast
 
-import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -46,8 +45,7 @@ class DualModel(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map images (B, C, S, S) to logits (B, n_classes) and the extractor's CLS tokens (B, D)."""
-        with torch.no_grad():
-            features = tokens(self.extractor, images)
+        features = tokens(self.extractor, images)  # without a graph, as long as the extractor is frozen
         return self.classify(features), features[:, 0]
 
     def classify(self, features: Tensor) -> Tensor:

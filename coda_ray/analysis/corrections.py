@@ -39,15 +39,10 @@ def standardise(features: NDArray[np.floating[Any]], groups: NDArray[Any]) -> ND
     """
     rows = _finite_rows(features)
     _check_names("groups", groups, rows)
-    names, code = np.unique(groups, return_inverse=True)
     result = np.empty(rows.shape, dtype=np.float32)
-    for group in range(len(names)):
-        inside = code == group
-        centred = rows[inside] - rows[inside].mean(axis=0)
-        spread = centred.std(axis=0)
-        # The mean of equal numbers may differ from them by rounding; that is no spread.
-        constant = np.ptp(rows[inside], axis=0) == 0
-        result[inside] = np.where(constant, 0.0, centred / np.where(constant, 1.0, spread))
+    for group in np.unique(groups):
+        inside = np.asarray(groups) == group
+        result[inside] = StandardScaler().fit_transform(rows[inside])
     return result
 
 

@@ -1,4 +1,4 @@
-"""Scores of a classifier, per image and per well."""
+"""Scores of a classifier, per image, per well and per compound."""
 
 from typing import Any
 
@@ -61,19 +61,53 @@ def well_scores(
     ValueError
         As `image_scores`, and when a well has more than one label.
     """
-    wells, labels, probabilities = np.asarray(wells), np.asarray(labels), np.asarray(probabilities)
+    return _group_scores("well", wells, labels, probabilities, "name wells by plate and position")
+
+
+def compound_scores(
+    compounds: NDArray[Any], labels: NDArray[np.integer[Any]], probabilities: NDArray[np.floating[Any]]
+) -> dict[str, float]:
+    """Score every compound by the mean of its images' softmax outputs, over all its wells and plates.
+
+    Parameters
+    ----------
+    compounds
+        (N,) strings or integers that name the compound of each image.
+    labels
+        (N,) integers in [0, K), the same for all images of a compound.
+    probabilities
+        (N, K) softmax outputs.
+
+    Returns
+    -------
+    dict
+        `compound_accuracy` and `compound_macro_f1`, as in `image_scores`.
+
+    Raises
+    ------
+    ValueError
+        As `image_scores`, and when a compound has more than one label.
+    """
+    return _group_scores("compound", compounds, labels, probabilities, "score a compound under one mechanism")
+
+
+def _group_scores(
+    kind: str, groups: NDArray[Any], labels: NDArray[Any], probabilities: NDArray[Any], remedy: str
+) -> dict[str, float]:
+    """Score groups of images by their mean softmax; the names of the scores start with the kind of group."""
+    groups, labels, probabilities = np.asarray(groups), np.asarray(labels), np.asarray(probabilities)
     _check(labels, probabilities)
-    if wells.shape != labels.shape:
-        raise ValueError(f"wells has shape {wells.shape}, labels {labels.shape}; give one well per image")
-    names, first, code = np.unique(wells, return_index=True, return_inverse=True)
-    of_well = labels[first]
-    mixed = np.flatnonzero(of_well[code] != labels)
+    if groups.shape != labels.shape:
+        raise ValueError(f"{kind}s has shape {groups.shape}, labels {labels.shape}; give one {kind} per image")
+    names, first, code = np.unique(groups, return_index=True, return_inverse=True)
+    of_group = labels[first]
+    mixed = np.flatnonzero(of_group[code] != labels)
     if len(mixed):
-        raise ValueError(f"well {names[code[mixed[0]]]} has several labels; name wells by plate and position")
+        raise ValueError(f"{kind} {names[code[mixed[0]]]} has several labels; {remedy}")
     sums = np.zeros((len(names), probabilities.shape[1]))
     np.add.at(sums, code, probabilities.astype(np.float64))
-    scores = image_scores(of_well, sums / np.bincount(code)[:, None])
-    return {f"well_{name}": value for name, value in scores.items()}
+    scores = image_scores(of_group, sums / np.bincount(code)[:, None])
+    return {f"{kind}_{name}": value for name, value in scores.items()}
 
 
 def _check(labels: NDArray[Any], probabilities: NDArray[Any]) -> None:

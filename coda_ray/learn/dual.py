@@ -1,9 +1,8 @@
 """The dual model: a classifier transformer stacked on the tokens of a frozen feature extractor."""
 
 from collections.abc import Mapping
-from typing import Self
+from typing import Self, cast
 
-import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -46,10 +45,13 @@ class DualModel(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map images (B, C, S, S) to logits (B, n_classes) and the extractor's CLS tokens (B, D)."""
-        with torch.no_grad():
-            features = tokens(self.extractor, images)
+        features = tokens(self.extractor, images)  # without a graph, as long as the extractor is frozen
+        return self.classify(features), features[:, 0]
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Map an extractor's tokens (B, 1 + N, D) to logits (B, n_classes)."""
         hidden = self.classifier.norm(self.classifier.blocks(self.project(features)))
-        return self.head(hidden[:, 0]), features[:, 0]
+        return cast(Tensor, self.head(hidden[:, 0]))
 
     def replace_extractor(self, state: Mapping[str, Tensor]) -> None:
         """Put an adapted teacher under the unchanged classifier.

@@ -268,49 +268,26 @@ class DinoObjective:
         }
 
 
-class SupervisedObjective:
-    """Cross-entropy with labels, for the supervised model and for the classifier of a dual model.
-
-    Mini-batches hold `tile` (B, C, H, W) uint8, `sample` (B,) int64 sample numbers, best left on the host,
-    and `label` (B,) int64 classes.
+class ClassifierObjective:
+    """What objectives that train a classifying model share: where it lives, and its state.
 
     Parameters
     ----------
     model
         What is trained.
     recipe
-        How the training view is cut.
-    seed
-        Seed of the views.
+        How views are cut.
     """
 
     network: nn.Module
 
-    def __init__(self, model: SupervisedModel | DualModel, *, recipe: ViewRecipe, seed: int) -> None:
+    def __init__(self, model: SupervisedModel | DualModel, *, recipe: ViewRecipe) -> None:
         self.network = model
-        # The classifier of a dual model has embeddings that nothing flows through.
-        self.find_unused = isinstance(model, DualModel)
         self.recipe = recipe
-        self.seed = seed
 
     def to(self, device: torch.device) -> None:
         """Move the model to a device; before the optimizer is built."""
         self.network.to(device)
-
-    def loss(self, network: nn.Module, minibatch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the cross-entropy of one mini-batch; metrics are `loss` and `accuracy`."""
-        device = next(self.network.parameters()).device
-        views = supervised_view(
-            minibatch["tile"].to(device, non_blocking=True),
-            seed=self.seed,
-            samples=minibatch["sample"].cpu().numpy(),
-            recipe=self.recipe,
-        )
-        labels = minibatch["label"].to(device, non_blocking=True)
-        logits, _ = network(views)
-        loss = cross_entropy(logits.float(), labels)
-        accuracy = (logits.detach().argmax(1) == labels).float().mean()
-        return loss, {"loss": loss.detach(), "accuracy": accuracy}
 
     def before_update(self, step: int) -> None:
         """Leave the gradients as they are."""
@@ -335,3 +312,41 @@ class SupervisedObjective:
             raise ValueError(f"the saved state is not a classifier's: it has {', '.join(sorted(stray)[:4])}")
         own = {key.removeprefix("model."): value for key, value in state.items()}
         load_exactly(self.network, own, "the saved model")
+
+
+class SupervisedObjective(ClassifierObjective):
+    """Cross-entropy with labels, for the supervised model and for the classifier of a dual model.
+
+    Mini-batches hold `tile` (B, C, H, W) uint8, `sample` (B,) int64 sample numbers, best left on the host,
+    and `label` (B,) int64 classes.
+
+    Parameters
+    ----------
+    model
+        What is trained.
+    recipe
+        How the training view is cut.
+    seed
+        Seed of the views.
+    """
+
+    def __init__(self, model: SupervisedModel | DualModel, *, recipe: ViewRecipe, seed: int) -> None:
+        super().__init__(model, recipe=recipe)
+        # The classifier of a dual model has embeddings that nothing flows through.
+        self.find_unused = isinstance(model, DualModel)
+        self.seed = seed
+
+    def loss(self, network: nn.Module, minibatch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the cross-entropy of one mini-batch; metrics are `loss` and `accuracy`."""
+        device = next(self.network.parameters()).device
+        views = supervised_view(
+            minibatch["tile"].to(device, non_blocking=True),
+            seed=self.seed,
+            samples=minibatch["sample"].cpu().numpy(),
+            recipe=self.recipe,
+        )
+        labels = minibatch["label"].to(device, non_blocking=True)
+        logits, _ = network(views)
+        loss = cross_entropy(logits.float(), labels)
+        accuracy = (logits.detach().argmax(1) == labels).float().mean()
+        return loss, {"loss": loss.detach(), "accuracy": accuracy}

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from coda_ray.analysis.metrics import image_scores, well_scores
+from coda_ray.analysis.metrics import compound_scores, image_scores, well_scores
 
 
 def f1_by_hand(labels, predicted):
@@ -34,8 +34,9 @@ def test_an_absent_class_has_no_f1_of_its_own():
     assert image_scores(np.array([0, 0, 1, 1]), probabilities)["macro_f1"] == pytest.approx((1 + 2 / 3) / 2)
 
 
-@pytest.mark.parametrize("kind", ["strings", "integers"])
-def test_well_scores_use_the_mean_softmax_of_each_well(kind):
+@pytest.mark.parametrize("names", ["strings", "integers"])
+@pytest.mark.parametrize(("score", "kind"), [(well_scores, "well"), (compound_scores, "compound")])
+def test_group_scores_use_the_mean_softmax_of_each_group(score, kind, names):
     rng = np.random.default_rng(1)
     codes = rng.permutation(np.repeat(np.arange(30), 7))
     label_of = rng.integers(0, 4, size=30)
@@ -45,10 +46,19 @@ def test_well_scores_use_the_mean_softmax_of_each_well(kind):
         rows = [p for p, c in zip(probabilities, codes, strict=True) if c == code]
         truth.append(int(label_of[code]))
         predicted.append(int(np.argmax(sum(r.astype(float) for r in rows) / len(rows))))
-    wells = codes if kind == "integers" else np.array([f"plate{c % 3}/W{c:02d}" for c in codes])
-    scores = well_scores(wells, label_of[codes], probabilities)
-    assert scores["well_accuracy"] == np.mean([t == p for t, p in zip(truth, predicted, strict=True)])
-    assert scores["well_macro_f1"] == pytest.approx(f1_by_hand(truth, predicted), abs=1e-12)
+    groups = codes if names == "integers" else np.array([f"plate{c % 3}/W{c:02d}" for c in codes])
+    scores = score(groups, label_of[codes], probabilities)
+    assert set(scores) == {f"{kind}_accuracy", f"{kind}_macro_f1"}
+    assert scores[f"{kind}_accuracy"] == np.mean([t == p for t, p in zip(truth, predicted, strict=True)])
+    assert scores[f"{kind}_macro_f1"] == pytest.approx(f1_by_hand(truth, predicted), abs=1e-12)
+
+
+def test_a_compound_is_judged_over_all_its_wells():
+    compounds = np.array(["a", "a", "a", "b"])
+    probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.4, 0.6], [0.2, 0.8]])
+    labels = np.array([0, 0, 0, 1])
+    assert well_scores(np.array(["p/1", "p/2", "q/1", "q/2"]), labels, probabilities)["well_accuracy"] == 0.5
+    assert compound_scores(compounds, labels, probabilities) == {"compound_accuracy": 1.0, "compound_macro_f1": 1.0}
 
 
 def test_the_mean_of_a_well_can_outvote_its_images():
@@ -75,3 +85,7 @@ def test_wrong_arrays_are_refused():
         well_scores(np.array(["A01", "A01"]), np.array([0, 1]), good)
     with pytest.raises(ValueError, match="one well per image"):
         well_scores(np.array(["A01"]), np.array([0, 1]), good)
+    with pytest.raises(ValueError, match="compound JCP1 has several labels"):
+        compound_scores(np.array(["JCP1", "JCP1"]), np.array([0, 1]), good)
+    with pytest.raises(ValueError, match="one compound per image"):
+        compound_scores(np.array(["JCP1"]), np.array([0, 1]), good)

@@ -45,6 +45,7 @@ def test_training_reaches_the_classifier_and_never_the_extractor() -> None:
     images = torch.randn(3, 3, 32, 32)
     first, second = dual(images)[1], dual(images)[1]
     assert torch.equal(first, second), "stochastic depth is off in the extractor"
+    assert not first.requires_grad, "a frozen extractor records no graph"
     dual(images)[0].sum().backward()
     assert all(p.grad is None for p in dual.extractor.parameters())
     without = {name for name, p in dual.named_parameters() if p.requires_grad and p.grad is None}

@@ -1,0 +1,154 @@
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from coda_ray.analysis.corrections import LinearProbe, Sphering, harmony, standardise
+
+
+def correlated(rng, rows, width):
+    return rng.normal(size=(rows, width)) @ rng.normal(size=(width, width)) + rng.normal(size=width)
+
+
+def shifted_clusters(rng, shift=3.0):
+    """Four clusters, each in three batches that are shifted against each other: features, clusters, batches."""
+    clusters, batches = np.arange(360) % 4, np.arange(360) // 4 % 3
+    features = rng.normal(size=(4, 8))[clusters] * 6 + rng.normal(size=(3, 8))[batches] * shift + rng.normal(size=(360, 8))
+    return features, clusters, batches
+
+
+def batch_shift(features, clusters, batches):
+    """Mean distance of a batch's centre from its cluster's centre."""
+    gaps = []
+    for c in set(clusters):
+        centre = features[clusters == c].mean(axis=0)
+        gaps += [np.linalg.norm(features[(clusters == c) & (batches == b)].mean(axis=0) - centre) for b in set(batches)]
+    return np.mean(gaps)
+
+
+def test_standardise_equals_plain_loops_over_plates():
+    rng = np.random.default_rng(0)
+    plates = rng.choice(["p1", "p2", "p3"], size=50)
+    features = correlated(rng, 50, 6).astype(np.float32)
+    features[plates == "p2", 4] = 0.1  # whose float64 mean is not 0.1
+    expected = np.zeros((50, 6))
+    for plate in ("p1", "p2", "p3"):
+        rows = [i for i in range(50) if plates[i] == plate]
+        for d in range(6):
+            values = [float(features[i, d]) for i in rows]
+            mean = sum(values) / len(values)
+            std = (sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5
+            for i in rows:
+                expected[i, d] = 0.0 if d == 4 and plate == "p2" else (float(features[i, d]) - mean) / std
+    found = standardise(features, plates)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_standardise_leaves_a_plate_of_one_image_at_zero():
+    assert not standardise(np.array([[1.0, -2.0]]), np.array([7])).any()
+
+
+@pytest.mark.parametrize("regularisation", [0.0, 0.3])
+def test_sphered_controls_have_the_covariance_that_the_regularisation_leaves(regularisation):
+    rng = np.random.default_rng(1)
+    controls = correlated(rng, 200, 7)
+    sphering = Sphering.fit(controls, regularisation=regularisation)
+    sphered = sphering.transform(controls).astype(np.float64)
+    covariance = np.cov(controls, rowvar=False)
+    ridge = regularisation * np.trace(covariance) / 7
+    # V Λ / (Λ + ε) Vᵀ; the identity without regularisation.
+    np.testing.assert_allclose(
+        np.cov(sphered, rowvar=False), covariance @ np.linalg.inv(covariance + ridge * np.eye(7)), atol=1e-4
+    )
+    np.testing.assert_allclose(sphered.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(sphering.whitening @ (covariance + ridge * np.eye(7)) @ sphering.whitening, np.eye(7), atol=1e-8)
+    np.testing.assert_array_equal(sphering.whitening.round(9), sphering.whitening.T.round(9))  # ZCA, not PCA
+
+
+def test_sphering_makes_an_effect_stand_out_from_variation_that_controls_show_too():
+    rng = np.random.default_rng(2)
+    spread = np.array([20.0, 1.0, 1.0])
+    controls, treated = rng.normal(size=(300, 3)) * spread, rng.normal(size=(300, 3)) * spread + [0, 4, 0]
+    sphering = Sphering.fit(controls)
+
+    def told_apart(a, b):
+        """Share of treated wells that are nearer to the treated mean than to the mean of the controls."""
+        return (np.linalg.norm(b - b.mean(axis=0), axis=1) < np.linalg.norm(b - a.mean(axis=0), axis=1)).mean()
+
+    # The nearest mean weighs all directions alike: in raw features the noisy one drowns the effect.
+    assert told_apart(sphering.transform(controls), sphering.transform(treated)) > 0.95
+    assert told_apart(controls, treated) < 0.95
+
+
+def test_sphering_with_fewer_controls_than_features_rests_on_the_regularisation():
+    rng = np.random.default_rng(3)
+    controls = rng.normal(size=(5, 12))
+    assert np.isfinite(Sphering.fit(controls).transform(rng.normal(size=(4, 12)))).all()
+    with pytest.raises(ValueError, match="12 features without regularisation needs more than 12 controls, it has 5"):
+        Sphering.fit(controls, regularisation=0.0)
+
+
+def test_harmony_brings_batches_together_and_keeps_clusters_apart(capfd):
+    rng = np.random.default_rng(4)
+    features, clusters, batches = shifted_clusters(rng)
+    corrected = harmony(features, batches, seed=0)
+    assert corrected.shape == features.shape
+    assert corrected.dtype == np.float32
+    assert batch_shift(corrected, clusters, batches) < 0.3 * batch_shift(features, clusters, batches)
+    centres = np.stack([corrected[clusters == c].mean(axis=0) for c in range(4)])
+    nearest = np.linalg.norm(corrected[:, None] - centres, axis=2).argmin(axis=1)
+    assert (nearest == clusters).mean() > 0.95
+    names = np.array(["b1", "b2", "b3"])[batches]
+    np.testing.assert_array_equal(harmony(features, names, seed=0, threads=2), corrected)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_harmony_takes_a_square_matrix_by_rows():
+    rng = np.random.default_rng(5)
+    features, batches = rng.normal(size=(40, 40)), np.arange(40) % 2
+    features[batches == 1] += 2
+    padded = np.hstack([features, np.zeros((40, 1))])  # not square, the same distances
+    np.testing.assert_allclose(harmony(features, batches, seed=0), harmony(padded, batches, seed=0)[:, :40], atol=1e-4)
+
+
+def test_the_probe_is_a_logistic_regression_with_a_column_for_every_class():
+    rng = np.random.default_rng(6)
+    labels = rng.choice([0, 2, 3], size=120)
+    features = (rng.normal(size=(5, 6))[labels] + rng.normal(size=(120, 6))) * [1, 10, 100, 1, 1, 1] + 5
+    probe = LinearProbe.fit(features[:80], labels[:80], 5)
+    found = probe.probabilities(features[80:])
+    mean, std = features[:80].mean(axis=0), features[:80].std(axis=0)
+    plain = LogisticRegression().fit((features[:80] - mean) / std, labels[:80])
+    np.testing.assert_allclose(found[:, [0, 2, 3]], plain.predict_proba((features[80:] - mean) / std), atol=1e-5)
+    assert found.shape == (40, 5)
+    assert not found[:, [1, 4]].any()
+    assert (found.argmax(axis=1) == labels[80:]).mean() > 0.6
+
+
+def test_wrong_input_is_refused():
+    rows, names = np.ones((3, 2)), np.array(["a", "b", "b"])
+    with pytest.raises(ValueError, match=r"groups \(2,\) and features \(3, 2\)"):
+        standardise(rows, names[:2])
+    with pytest.raises(ValueError, match="not finite"):
+        standardise(rows * np.nan, names)
+    with pytest.raises(ValueError, match=r"features \(0, 2\) must be \(N, D\)"):
+        standardise(rows[:0], names[:0])
+    with pytest.raises(ValueError, match="two controls or more, it has 1"):
+        Sphering.fit(rows[:1])
+    with pytest.raises(ValueError, match="3 controls are all alike"):
+        Sphering.fit(rows)
+    with pytest.raises(ValueError, match="regularisation = -1"):
+        Sphering.fit(rows, regularisation=-1)
+    twice = np.repeat(np.random.default_rng(0).normal(size=(30, 1)), 2, axis=1)
+    with pytest.raises(ValueError, match="has no inverse"):
+        Sphering.fit(twice, regularisation=0.0)
+    with pytest.raises(ValueError, match="features have 3 columns, the controls had 2"):
+        Sphering.fit(twice).transform(np.ones((1, 3)))
+    with pytest.raises(ValueError, match="two batches or more, it has"):
+        harmony(rows, np.zeros(3), seed=0)
+    with pytest.raises(ValueError, match="30 rows or more, it has 3"):
+        harmony(rows, names, seed=0)
+    with pytest.raises(ValueError, match="for 2 classes"):
+        LinearProbe.fit(rows, np.array([0, 1, 2]), 2)
+    with pytest.raises(ValueError, match="all labels are 1"):
+        LinearProbe.fit(rows, np.array([1, 1, 1]), 2)

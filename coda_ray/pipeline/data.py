@@ -170,18 +170,18 @@ class UnlabelledTiles:
         mask[self.anchors] = True
         return mask
 
-    def partners(self) -> Partners:
-        """Index the pool by compound and batch."""
-        codes = [pd.factorize(self.pool.frame[name])[0].astype(np.int64) for name in (COMPOUND, UNIT_COLUMNS["batch"])]
+    def partners(self, across: Granularity) -> Partners:
+        """Index the pool by compound and batch, or plate."""
+        codes = [pd.factorize(self.pool.frame[name])[0].astype(np.int64) for name in (COMPOUND, UNIT_COLUMNS[across])]
         return Partners.build(*codes)
 
-    def source(self, *, seed: int, crop: int, cross_batch: bool) -> TileSource:
-        """Describe the stream."""
-        partners = self.partners() if cross_batch else None
+    def source(self, *, seed: int, crop: int, pairs: Granularity | None) -> TileSource:
+        """Describe the stream: single tiles, or pairs across batches or plates."""
+        partners = self.partners(pairs) if pairs else None
         return TileSource(self.pool, SamplePlan(seed, self.anchors, partners), crop)
 
     def check_partners(self, config: Config, what: str) -> str | None:
-        """Report compounds that have no tile in another batch.
+        """Report compounds that have no tile in another batch (or plate, by `dino.pairs`).
 
         Returns
         -------
@@ -193,13 +193,14 @@ class UnlabelledTiles:
         DataError
             Where it does not.
         """
-        lonely = self.anchors[self.partners().count(self.anchors) == 0]
+        across = config.dino.pairs
+        lonely = self.anchors[self.partners(across).count(self.anchors) == 0]
         if not len(lonely):
             return None
         names = sorted({str(name) for name in self.pool.frame[COMPOUND].iloc[lonely]})
         told = (
             f"{what}: {len(lonely)} of {len(self.anchors)} tiles have no partner, because {len(names)} compound(s) have no tile "
-            f"in another batch: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            f"in another {across}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
         )
         if config.adapt.no_partner == "error":
             raise DataError(

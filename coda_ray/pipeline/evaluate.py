@@ -3,10 +3,10 @@
 import io
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -15,22 +15,28 @@ import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 import torch
+from numpy.typing import NDArray
 from ray.train.collective import barrier
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from coda_ray.config import Config
 from coda_ray.learn.dual import DualModel
+from coda_ray.learn.mae import MaskedAutoencoder
 from coda_ray.learn.precision import choose_precision
 from coda_ray.learn.supervised import SupervisedModel
+from coda_ray.learn.ttt import TttRecipe, adapt_each
+from coda_ray.learn.vit import tokens
 from coda_ray.pipeline import networks
 from coda_ray.pipeline.stage import Stage, settings_of
-from coda_ray.pipeline.train_stages import Made, stage_tensors, teacher_of
+from coda_ray.pipeline.train_stages import Made, load_model, stage_tensors
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, table_bytes
 from coda_ray.training.infer import infer
 from coda_ray.training.loop import Report
 
 PROBABILITY = "probability_"
+FEATURE = "feature_"
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,20 @@ class EvaluationRun:
     index: TileIndex
     classifier: Stage
     adapted: Stage | None
+    autoencoder: Stage | None
+    seed: int
 
 
-def evaluate(config: Config, index: TileIndex, what: str, classifier: Stage, adapted: Stage | None = None) -> Stage:
+def evaluate(
+    config: Config,
+    index: TileIndex,
+    what: str,
+    classifier: Stage,
+    adapted: Stage | None = None,
+    *,
+    autoencoder: Stage | None = None,
+    seed: int = 0,
+) -> Stage:
     """Plan the predictions of one model for some tiles.
 
     Parameters
@@ -59,18 +76,70 @@ def evaluate(config: Config, index: TileIndex, what: str, classifier: Stage, ada
     classifier
         The finished labelled stage.
     adapted
-        An adaptation whose teacher replaces the feature extractor; the classifier stays as it is.
+        An adaptation whose feature extractor replaces the classifier's; the classifier stays as it is.
+    autoencoder
+        A pre-training of a masked autoencoder, which then learns every image by itself before the classifier sees it
+        (test-time training).
+    seed
+        Seed of its masks.
     """
     tiles = index.without_labels()
     inputs = {"tiles": tiles.fingerprint, "views": settings_of(config.views), "precision": config.train.precision}
+    if (adapted or autoencoder) and config.dino.extractor != "teacher":
+        inputs["extractor"] = config.dino.extractor
     title = f"evaluate {(adapted or classifier).title} on {what}"
-    needs = (classifier, adapted) if adapted else (classifier,)
-    return Stage("evaluate", title, inputs, partial(_make, config, tiles, title, classifier, adapted), needs)
+    if autoencoder:
+        inputs |= {"ttt": settings_of(config.ttt, exclude={"images_at_once"}), "mae": settings_of(config.mae), "seed": seed}
+        title = title.replace(classifier.title, f"ttt of {classifier.title}")
+    needs = tuple(filter(None, (classifier, adapted, autoencoder)))
+    make = partial(_make, config, tiles, title, classifier, adapted, autoencoder, seed)
+    return Stage("evaluate", title, inputs, make, needs)
 
 
 def predictions_of(config: Config, stage: Stage) -> pd.DataFrame:
     """Read the predictions of a finished evaluation: Metadata_ columns, `predicted`, and one probability per class."""
-    data = open_place(config.results).read(f"{stage.path}/predictions.parquet")
+    return _table_of(config, stage, "predictions")
+
+
+def embeddings_of(config: Config, stage: Stage) -> pd.DataFrame:
+    """Read the embeddings of a finished evaluation: Metadata_ columns, and `feature_0000`, ... of each tile's CLS token."""
+    return _table_of(config, stage, "embeddings")
+
+
+def write_predictions(
+    folder: Folder,
+    metadata: pd.DataFrame,
+    classes: Sequence[str],
+    probabilities: NDArray[np.float32],
+    embedding: NDArray[np.float32],
+) -> None:
+    """Write the two tables of an evaluation, row by row.
+
+    Parameters
+    ----------
+    folder
+        The stage's folder.
+    metadata
+        (N,) rows of Metadata_ columns.
+    classes
+        (K,) MoA labels.
+    probabilities
+        (N, K) float32.
+    embedding
+        (N, D) float32.
+    """
+    predicted = pd.Series([classes[i] for i in probabilities.argmax(1)], name="predicted")
+    named = pd.DataFrame(probabilities, columns=[f"{PROBABILITY}{name}" for name in classes])
+    features = pd.DataFrame(embedding, columns=[f"{FEATURE}{i:04d}" for i in range(embedding.shape[1])])
+    metadata = metadata.reset_index(drop=True)
+    for name, table in (("predictions", [metadata, predicted, named]), ("embeddings", [metadata, features])):
+        frame = pa.Table.from_pandas(pd.concat(table, axis=1), preserve_index=False)
+        folder.write(f"{name}.parquet", table_bytes(frame))
+
+
+def _table_of(config: Config, stage: Stage, name: str) -> pd.DataFrame:
+    """Read one table of a finished evaluation."""
+    data = open_place(config.results).read(f"{stage.path}/{name}.parquet")
     frame: pd.DataFrame = pq.read_table(io.BytesIO(data)).to_pandas()
     return frame
 
@@ -81,11 +150,13 @@ def _make(
     title: str,
     classifier: Stage,
     adapted: Stage | None,
+    autoencoder: Stage | None,
+    seed: int,
     folder: Folder,
     report: Report | None,
 ) -> Made:
     """Describe an evaluation to the worker loop; it has no curve to report."""
-    return evaluate_loop, EvaluationRun(title, folder, config, index, classifier, adapted)
+    return evaluate_loop, EvaluationRun(title, folder, config, index, classifier, adapted, autoencoder, seed)
 
 
 def evaluate_loop(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +182,7 @@ def evaluate_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     start = _parts_done(run, rank, world)
     model = load_model(run.config, run.classifier, run.adapted, len(run.index.channels)).to(device).eval()
     outputs = infer(
-        lambda views: _probabilities_and_embedding(model, views),
+        _test_time_training(run, model, device) if run.autoencoder else partial(_as_it_is, model),
         run.index,
         crop=run.config.views.tile_crop,
         size=run.config.views.size_global,
@@ -152,24 +223,37 @@ def _part_names(run: EvaluationRun) -> list[str]:
     return sorted(name for name in run.folder.names("parts") if name.endswith(".parquet"))
 
 
-def load_model(config: Config, classifier: Stage, adapted: Stage | None, channels: int) -> SupervisedModel | DualModel:
-    """Load the model of a classifier stage, with an adapted feature extractor where one is given."""
-    classes = classifier.inputs["classes"]
-    blank, dual = networks.unfilled(config), bool(classifier.needs)
-    model = networks.classifier_model(blank, channels=channels, classes=len(classes), dual=dual)
-    tensors = stage_tensors(config, classifier)
-    model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items()})
-    if adapted is not None:
-        if not isinstance(model, DualModel):
-            raise TypeError(f"{classifier.title}: only a dual model has a feature extractor that can be adapted")
-        model.replace_extractor(teacher_of(stage_tensors(config, adapted)))
-    return model
-
-
-def _probabilities_and_embedding(model: SupervisedModel | DualModel, views: Tensor) -> Tensor:
+def _as_it_is(model: SupervisedModel | DualModel, views: Tensor, rows: NDArray[np.int64]) -> Tensor:
     """Put the softmax and the CLS token side by side: (B, classes + D)."""
     logits, cls = model(views)
     return torch.cat([logits.float().softmax(1), cls.float()], 1)
+
+
+def _test_time_training(
+    run: EvaluationRun, model: SupervisedModel | DualModel, device: torch.device
+) -> Callable[[Tensor, NDArray[np.int64]], Tensor]:
+    """Let the autoencoder learn each image by itself; then the same as `_as_it_is`, with the adapted encoder."""
+    if not isinstance(model, DualModel) or run.autoencoder is None:
+        raise TypeError(f"{run.classifier.title}: test-time training needs a dual model on a masked autoencoder")
+    channels = len(run.index.channels)
+    learner = networks.mae_objective(networks.unfilled(run.config), channels=channels, seed=run.seed)
+    learner.warm_start(stage_tensors(run.config, run.autoencoder))
+    learner.to(device)
+    ttt = run.config.ttt
+
+    def read(encoder: VisionTransformer, view: Tensor) -> Tensor:
+        features = tokens(encoder, view)
+        return torch.cat([model.classify(features).float().softmax(1), features[:, 0].float()], 1)
+
+    return lambda views, rows: adapt_each(
+        cast(MaskedAutoencoder, learner.network),
+        views,
+        rows,
+        seed=run.seed,
+        recipe=TttRecipe(**ttt.model_dump(exclude={"images_at_once"})),
+        images_at_once=ttt.images_at_once,
+        readout=read,
+    )
 
 
 def _join(run: EvaluationRun, begun: float) -> dict[str, Any]:
@@ -181,14 +265,9 @@ def _join(run: EvaluationRun, begun: float) -> dict[str, Any]:
     rows, first = np.unique(rows, return_index=True)
     values = values[first]
     classes = list(run.classifier.inputs["classes"])
-    metadata = run.index.frame.iloc[rows].filter(like="Metadata_").reset_index(drop=True)
+    metadata = run.index.frame.iloc[rows].filter(like="Metadata_")
     probabilities, embedding = values[:, : len(classes)], values[:, len(classes) :]
-    predicted = pd.Series([classes[i] for i in probabilities.argmax(1)], name="predicted")
-    named = pd.DataFrame(probabilities, columns=[f"{PROBABILITY}{name}" for name in classes])
-    features = pd.DataFrame(embedding, columns=[f"feature_{i:04d}" for i in range(embedding.shape[1])])
-    for name, table in (("predictions", [metadata, predicted, named]), ("embeddings", [metadata, features])):
-        frame = pa.Table.from_pandas(pd.concat(table, axis=1), preserve_index=False)
-        run.folder.write(f"{name}.parquet", table_bytes(frame))
+    write_predictions(run.folder, metadata, classes, probabilities, embedding)
     facts = {"tiles": len(rows), "unreadable": len(run.index) - len(rows), "seconds": round(time.monotonic() - begun, 3)}
     if facts["unreadable"]:
         print(

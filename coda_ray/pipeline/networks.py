@@ -4,6 +4,7 @@ from coda_ray.config import Config, steps_of
 from coda_ray.learn.dino import CollapseGuard, DinoLoss
 from coda_ray.learn.dual import DualModel
 from coda_ray.learn.heads import DinoHead, init_fan_in
+from coda_ray.learn.mae import DecoderSpec, MaeObjective, MaskedAutoencoder
 from coda_ray.learn.objectives import DinoObjective, DinoSchedule
 from coda_ray.learn.supervised import SupervisedModel
 from coda_ray.learn.views import ViewRecipe
@@ -54,6 +55,24 @@ def dino_objective(config: Config, *, channels: int, steps: int, steps_per_epoch
     return DinoObjective(
         backbone, head, criterion, schedule=schedule, recipe=recipe(config), koleo_weight=dino.koleo_weight, seed=seed
     )
+
+
+def masked_autoencoder(config: Config, *, channels: int) -> MaskedAutoencoder:
+    """Build encoder and decoder from initial weights."""
+    encoder = build_vit(vit_spec(config, channels), drop_path=0.0)
+    initialise(encoder, config.model.init)
+    mae = config.mae
+    network = MaskedAutoencoder(
+        encoder, DecoderSpec(mae.decoder_width, mae.decoder_depth, mae.decoder_heads), mask_ratio=mae.mask_ratio
+    )
+    if config.model.init == "fan-in":
+        init_fan_in(network.decoder)
+    return network
+
+
+def mae_objective(config: Config, *, channels: int, seed: int) -> MaeObjective:
+    """Build the masked autoencoder as an objective."""
+    return MaeObjective(masked_autoencoder(config, channels=channels), recipe=recipe(config), seed=seed)
 
 
 def collapse_guard(config: Config) -> CollapseGuard:

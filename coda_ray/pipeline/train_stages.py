@@ -1,21 +1,24 @@
-"""The stages that train: pretrain (DINO on the source), classify (labels of the source), adapt (DINO on the target)."""
+"""The stages that train: pretrain (source, no labels), classify (labels of the source), adapt (target, no labels)."""
 
 import hashlib
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from timm.models.vision_transformer import VisionTransformer
 
 from coda_ray.analysis.knn import knn_accuracy
-from coda_ray.config import Config, Granularity, Optimisation, steps_of
+from coda_ray.config import Config, Granularity, Method, Optimisation, steps_of
 from coda_ray.learn.dual import DualModel
+from coda_ray.learn.mae import MaeObjective, MaskedAutoencoder
 from coda_ray.learn.objectives import DinoObjective, SupervisedObjective
 from coda_ray.learn.precision import Precision
 from coda_ray.learn.supervised import SupervisedModel
+from coda_ray.learn.tent import TentObjective
 from coda_ray.learn.vit import tokens
 from coda_ray.pipeline import data, networks
 from coda_ray.pipeline.stage import Stage, settings_of
@@ -28,10 +31,14 @@ from coda_ray.training.infer import gather, infer
 from coda_ray.training.loop import Monitor, Report, TrainingRun, Work, train_loop
 
 KNN_NEIGHBOURS = 50
+Pretraining = Literal["dino", "dino-cb", "mae"]
+# The unadapted dual model on an extractor, and the method that adapts it.
+MODEL_ON: dict[Pretraining, Method] = {"dino": "dual-dino", "dino-cb": "dual-cb", "mae": "dual-mae"}
+CONTINUED_BY: dict[Pretraining, Method] = {"dino": "oda", "dino-cb": "coda", "mae": "oda-mae"}
 Made = tuple[Callable[[Mapping[str, Any]], dict[str, Any]], Any]
 
 
-def pretrain(config: Config, source: str, *, cross_batch: bool, seed: int) -> Stage:
+def pretrain(config: Config, source: str, *, objective: Pretraining, seed: int) -> Stage:
     """Plan self-supervised pre-training on a source's training plates (CODA, section 3).
 
     Parameters
@@ -40,8 +47,9 @@ def pretrain(config: Config, source: str, *, cross_batch: bool, seed: int) -> St
         Settings.
     source
         Source to learn.
-    cross_batch
-        Pairs across batches (dual-cb, CODA) or single images (dual-dino, ODA).
+    objective
+        `dino-cb`, pairs across batches (dual-cb, CODA); `dino`, single images (dual-dino, ODA); `mae`, masked patches
+        (dual-mae, oda-mae, ttt).
     seed
         Seed of weights, samples and views.
 
@@ -51,19 +59,18 @@ def pretrain(config: Config, source: str, *, cross_batch: bool, seed: int) -> St
         When tiles have no partner and `adapt.no_partner` is `error`.
     """
     tiles = data.unlabelled(data.training_tiles(config, source))
-    objective = "dino-cb" if cross_batch else "dino"
-    note = tiles.check_partners(config, f"pretrain on {source}") if cross_batch else None
+    note = tiles.check_partners(config, f"pretrain on {source}") if objective == "dino-cb" else None
     if config.train.knn_every:
         data.labelled_held_out(config, source)
     inputs = {
-        **_inputs(config, config.pretrain, seed, "dino"),
+        **_inputs(config, config.pretrain, seed, section_of(objective)),
         "source": source,
         "objective": objective,
         "tiles": tiles.fingerprints,
     }
     title = f"pretrain {objective} on {source}, seed {seed}"
     epoch = len(tiles.anchors) // config.pretrain.minibatch
-    build = partial(_dino_work, config, tiles, config.pretrain, epoch, seed, cross_batch, None, source)
+    build = partial(_self_supervised_work, config, tiles, config.pretrain, epoch, seed, objective, None, source)
     return Stage("pretrain", title, inputs, partial(_make, config, config.pretrain, epoch, seed, title, build, note))
 
 
@@ -90,9 +97,9 @@ def classify(config: Config, source: str, *, seed: int, extractor: Stage | None)
         "held_out": data.labelled_held_out(config, source).fingerprint,
         "classes": classes,
     }
-    title = f"classify {'dual' if extractor else 'supervised'} on {source}, seed {seed}"
-    if extractor:
-        title = title.replace("dual", "dual-cb" if extractor.inputs["objective"] == "dino-cb" else "dual-dino")
+    if extractor and config.dino.extractor != "teacher":
+        inputs["extractor"] = config.dino.extractor
+    title = f"classify {MODEL_ON[extractor.inputs['objective']] if extractor else 'supervised'} on {source}, seed {seed}"
     epoch = len(index) // config.classify.minibatch
     build = partial(_classify_work, config, source, index.fingerprint, classes, seed, extractor)
     make = partial(_make, config, config.classify, epoch, seed, title, build, None)
@@ -102,34 +109,52 @@ def classify(config: Config, source: str, *, seed: int, extractor: Stage | None)
 def adapt(config: Config, pretrained: Stage, target: str, *, granularity: Granularity, unit: str, seed: int) -> Stage:
     """Plan label-free adaptation of the feature extractor to one unit of a target (CODA, section 3).
 
-    Student, teacher and both heads continue from the pre-training; optimizer, schedules and centre start anew. With a
-    pre-training of cross-batch pairs the adaptation has them too (CODA), otherwise not (ODA). The number of steps is the
-    same at every granularity: an epoch counts the tiles of the whole target.
+    The objective of the pre-training goes on with all its weights (of DINO: student, teacher and both heads); optimizer,
+    schedules and centre start anew. The number of steps is the same at every granularity: an epoch counts the tiles of the
+    whole target.
 
     Raises
     ------
     DataError
         When tiles have no partner and `adapt.no_partner` is `error`.
     """
-    cross_batch = pretrained.inputs["objective"] == "dino-cb"
-    tiles = data.adaptation_tiles(config, target, granularity, unit)
-    method = "coda" if cross_batch else "oda"
-    title = f"adapt {method} {pretrained.inputs['source']} to {target} {granularity} {unit}, seed {seed}"
-    note = tiles.check_partners(config, title) if cross_batch else None
+    objective: Pretraining = pretrained.inputs["objective"]
+    source = pretrained.inputs["source"]
+    tiles = data.adaptation_tiles(config, source, target, granularity, unit)
+    title = f"adapt {CONTINUED_BY[objective]} {source} to {target} {granularity} {unit}, seed {seed}"
+    note = tiles.check_partners(config, title) if objective == "dino-cb" else None
     optimisation = config.adapt
     if granularity != "source" and optimisation.minibatch_unit:
         optimisation = optimisation.model_copy(update={"minibatch": optimisation.minibatch_unit})
     inputs = {
-        **_inputs(config, optimisation, seed, "dino"),
+        **_inputs(config, optimisation, seed, section_of(objective)),
         "target": target,
         "granularity": granularity,
         "unit": unit,
         "tiles": tiles.fingerprints,
     }
-    epoch = len(data.load_tiles(config, target)) // config.adapt.minibatch
-    build = partial(_dino_work, config, tiles, optimisation, epoch, seed, cross_batch, pretrained, None)
+    epoch = len(data.seen(config, source, data.load_tiles(config, target))) // config.adapt.minibatch
+    build = partial(_self_supervised_work, config, tiles, optimisation, epoch, seed, objective, pretrained, None)
     make = partial(_make, config, optimisation, epoch, seed, title, build, note)
     return Stage("adapt", title, inputs, make, (pretrained,))
+
+
+def tent(config: Config, classifier: Stage, target: str, *, granularity: Granularity, unit: str, seed: int) -> Stage:
+    """Plan entropy minimisation on one unit of a target (Wang et al., ICLR 2021): norms of the whole model, no label."""
+    source = classifier.inputs["source"]
+    tiles = data.adaptation_tiles(config, source, target, granularity, unit)
+    title = f"adapt tent {source} to {target} {granularity} {unit}, seed {seed}"
+    inputs = {
+        **_inputs(config, config.tent, seed),
+        "objective": "tent",
+        "target": target,
+        "granularity": granularity,
+        "unit": unit,
+        "tiles": tiles.fingerprints["anchors"],
+    }
+    epoch = len(data.seen(config, source, data.load_tiles(config, target))) // config.tent.minibatch
+    build = partial(_tent_work, config, tiles, classifier, seed)
+    return Stage("adapt", title, inputs, partial(_make, config, config.tent, epoch, seed, title, build, None), (classifier,))
 
 
 def stage_tensors(config: Config, stage: Stage) -> dict[str, torch.Tensor]:
@@ -147,15 +172,55 @@ def stage_tensors(config: Config, stage: Stage) -> dict[str, torch.Tensor]:
     return read_tensors(results.child(stage.path), "model.safetensors", facts["sha256"])
 
 
-def teacher_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Pick the teacher's backbone, which is the feature extractor."""
-    return {name.removeprefix("teacher."): value for name, value in tensors.items() if name.startswith("teacher.")}
+def extractor_of(config: Config, stage: Stage) -> dict[str, torch.Tensor]:
+    """Read the feature extractor that a finished pre-training or adaptation made: a teacher (or student), or an encoder."""
+    objective = (stage.needs[0] if stage.needs else stage).inputs["objective"]
+    prefix = "encoder." if objective == "mae" else f"{config.dino.extractor}."
+    tensors = stage_tensors(config, stage)
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def load_model(config: Config, classifier: Stage, adapted: Stage | None, channels: int) -> SupervisedModel | DualModel:
+    """Load the model of a finished labelled stage, as it is or after an adaptation.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    classifier
+        The labelled stage.
+    adapted
+        A `tent` stage, which has the whole model, or an adaptation of the feature extractor, which replaces it; None takes
+        the model as it is.
+    channels
+        Channels of a tile.
+
+    Raises
+    ------
+    TypeError
+        When a supervised model is to get another feature extractor.
+    """
+    classes, dual = classifier.inputs["classes"], bool(classifier.needs)
+    model = networks.classifier_model(networks.unfilled(config), channels=channels, classes=len(classes), dual=dual)
+    whole = adapted if adapted and adapted.inputs.get("objective") == "tent" else classifier
+    model.load_state_dict({name.removeprefix("model."): value for name, value in stage_tensors(config, whole).items()})
+    if adapted is not None and whole is classifier:
+        if not isinstance(model, DualModel):
+            raise TypeError(f"{classifier.title}: only a dual model has a feature extractor that can be adapted")
+        model.replace_extractor(extractor_of(config, adapted))
+    return model
+
+
+def section_of(objective: Pretraining) -> str:
+    """Name the section of the configuration that holds an objective's settings."""
+    return "mae" if objective == "mae" else "dino"
 
 
 def _inputs(config: Config, optimisation: Optimisation, seed: int, *sections: str) -> dict[str, Any]:
     """Collect the settings that decide the result of a training stage."""
     names = ("model", "views", *sections)
-    chosen: dict[str, Any] = {name: settings_of(getattr(config, name)) for name in names}
+    # The extractor is chosen when the finished stage is used.
+    chosen: dict[str, Any] = {name: settings_of(getattr(config, name), exclude={"extractor"}) for name in names}
     if config.model.init.endswith(".safetensors"):
         chosen["weights"] = {"sha256": _sha256(config.model.init)}
     # `minibatch` holds what counts.
@@ -199,42 +264,45 @@ def _make(
     return train_loop, run
 
 
-def _dino_work(
+def _self_supervised_work(
     config: Config,
     tiles: data.UnlabelledTiles,
     optimisation: Optimisation,
     epoch: int,
     seed: int,
-    cross_batch: bool,
+    objective: Pretraining,
     start: Stage | None,
     monitored: str | None,
 ) -> Work:
-    """Build DINO on the worker, from initial weights or from a pre-training."""
+    """Build DINO or the masked autoencoder on the worker, from initial weights or from a pre-training."""
     epoch = max(1, epoch)
-    objective = networks.dino_objective(
-        networks.unfilled(config) if start else config,
-        channels=len(tiles.pool.channels),
-        steps=steps_of(optimisation.steps, epoch),
-        steps_per_epoch=epoch,
-        seed=seed,
-    )
+    settings, channels = networks.unfilled(config) if start else config, len(tiles.pool.channels)
+    learner: DinoObjective | MaeObjective
+    if objective == "mae":
+        learner = networks.mae_objective(settings, channels=channels, seed=seed)
+        watched, guard = cast(MaskedAutoencoder, learner.network).encoder, None
+    else:
+        steps = steps_of(optimisation.steps, epoch)
+        learner = networks.dino_objective(settings, channels=channels, steps=steps, steps_per_epoch=epoch, seed=seed)
+        watched, guard = learner.teacher.backbone, networks.collapse_guard(config)
     if start is not None:
-        objective.warm_start(stage_tensors(config, start))
-    source = tiles.source(seed=seed, crop=config.views.tile_crop, cross_batch=cross_batch)
+        learner.warm_start(stage_tensors(config, start))
+    pairs = config.dino.pairs if objective == "dino-cb" else None
+    source = tiles.source(seed=seed, crop=config.views.tile_crop, pairs=pairs)
     monitor = None
     if monitored and config.train.knn_every:
-        monitor = Monitor(config.train.knn_every, partial(_knn, config, monitored, objective))
-    return Work(objective, source, networks.collapse_guard(config), monitor)
+        monitor = Monitor(config.train.knn_every, partial(_knn, config, monitored, watched))
+    return Work(learner, source, guard, monitor)
 
 
-def _knn(config: Config, source: str, objective: DinoObjective, device: torch.device, precision: Precision) -> dict[str, float]:
-    """Score the teacher's CLS tokens by nearest neighbours: training tiles answer for the held-out plate."""
+def _knn(config: Config, source: str, vit: VisionTransformer, device: torch.device, precision: Precision) -> dict[str, float]:
+    """Score the extractor's CLS tokens by nearest neighbours: training tiles answer for the held-out plate."""
     classes = data.classes_of(config, source)
     embedded: list[tuple[NDArray[np.float32], NDArray[np.int64]]] = []
     for index in (data.training_tiles(config, source).labelled(), data.labelled_held_out(config, source)):
         found = gather(
             infer(
-                lambda views: tokens(objective.teacher.backbone, views)[:, 0],
+                lambda views, _: tokens(vit, views)[:, 0],
                 index,
                 crop=config.views.tile_crop,
                 size=config.views.size_global,
@@ -249,6 +317,12 @@ def _knn(config: Config, source: str, objective: DinoObjective, device: torch.de
     return {"knn": knn_accuracy(bank, bank_labels, queries, labels, k=KNN_NEIGHBOURS)}
 
 
+def _tent_work(config: Config, tiles: data.UnlabelledTiles, classifier: Stage, seed: int) -> Work:
+    """Build Tent on the worker, from a finished labelled stage."""
+    model = load_model(config, classifier, None, len(tiles.pool.channels))
+    return Work(TentObjective(model, recipe=networks.recipe(config)), tiles.source(seed=seed, crop=config.views.tile_crop, pairs=None))
+
+
 def _classify_work(config: Config, source: str, fingerprint: str, classes: list[str], seed: int, extractor: Stage | None) -> Work:
     """Build the labelled stage on the worker."""
     index = data.training_tiles(config, source).labelled()
@@ -256,7 +330,7 @@ def _classify_work(config: Config, source: str, fingerprint: str, classes: list[
         raise data.DataError(f"the tiles of {source} have changed since this job was planned; start it again")
     model = networks.classifier_model(config, channels=len(index.channels), classes=len(classes), dual=extractor is not None)
     if extractor is not None and isinstance(model, DualModel):
-        model.replace_extractor(teacher_of(stage_tensors(config, extractor)))
+        model.replace_extractor(extractor_of(config, extractor))
     plan = SamplePlan(seed, data.unlabelled(index).anchors)
     labels = data.label_codes(index, classes)
     monitor = Monitor(
@@ -282,7 +356,7 @@ def _validate(
     """Score the current weights on the source's held-out plate."""
     found = gather(
         infer(
-            lambda views: model(views)[0],
+            lambda views, _: model(views)[0],
             index,
             crop=config.views.tile_crop,
             size=config.views.size_global,

@@ -42,7 +42,7 @@ def in_order(index: TileIndex, crop: int) -> TileSource:
 
 
 def infer(
-    forward: Callable[[torch.Tensor], torch.Tensor],
+    forward: Callable[[torch.Tensor, NDArray[np.int64]], torch.Tensor],
     index: TileIndex,
     *,
     crop: int,
@@ -60,7 +60,7 @@ def infer(
     Parameters
     ----------
     forward
-        Maps views (B, C, size, size) to (B, K).
+        Maps views (B, C, size, size), and their rows (B,) of the index, to (B, K).
     index
         The tiles.
     crop, size
@@ -95,9 +95,10 @@ def infer(
         views = evaluation_view(tensors["tile"][readable.to(device)], size)
         if not len(views):
             continue
+        rows = tensors["row"][readable].numpy()
         with torch.no_grad(), precision.autocast():
-            values = forward(views)
-        yield Outputs(tensors["row"][readable].numpy(), values.float().cpu().numpy(), step)
+            values = forward(views, rows)
+        yield Outputs(rows, values.float().cpu().numpy(), step)
 
 
 def gather(outputs: Iterator[Outputs]) -> Outputs:

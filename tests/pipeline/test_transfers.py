@@ -154,8 +154,8 @@ def test_a_compound_without_partner_is_told_before_anything_runs(tmp_path):
 
 def test_partners_come_from_the_whole_target_or_the_unit(tmp_path):
     config = world(tmp_path)
-    tiles = data.adaptation_tiles(config, "b", "batch", "b0")
-    source = tiles.source(seed=0, crop=32, cross_batch=True)
+    tiles = data.adaptation_tiles(config, "a", "b", "batch", "b0")
+    source = tiles.source(seed=0, crop=32, pairs="batch")
     anchors, partners = source.plan.rows(np.arange(100))
     frame = tiles.pool.frame
     assert set(frame["Metadata_Batch"].iloc[anchors]) == {"b0"}
@@ -168,7 +168,7 @@ def test_partners_come_from_the_whole_target_or_the_unit(tmp_path):
 def test_unknown_units_plates_and_sources_are_told(tmp_path):
     config = world(tmp_path)
     with pytest.raises(DataError, match=r"b has no batch 'x'; it has b0, b1"):
-        data.adaptation_tiles(config, "b", "batch", "x")
+        data.adaptation_tiles(config, "a", "b", "batch", "x")
     wrong = world(tmp_path / "w", held_out={"a": "nope"})
     with pytest.raises(DataError, match=r"held_out\.a = 'nope': no such plate; a has ab0p0"):
         plan(wrong, Request("a", "b", "supervised", "source", 0))

@@ -54,9 +54,9 @@ def configs(tmp_path, **sections):
 
 def test_a_run_that_was_broken_off_continues_to_the_bit(ray_cluster, tmp_path):
     first, second = configs(tmp_path)
-    stage = pretrain(first, "s", cross_batch=True, seed=0)
+    stage = pretrain(first, "s", objective="dino-cb", seed=0)
     stage.run(first, None)
-    broken = pretrain(second, "s", cross_batch=True, seed=0)
+    broken = pretrain(second, "s", objective="dino-cb", seed=0)
     assert broken.key == stage.key
     with pytest.raises(ConnectionError):
         broken.run(second, Breaks(tmp_path / "broke", 5, "raise"))
@@ -69,7 +69,7 @@ def test_a_run_that_was_broken_off_continues_to_the_bit(ray_cluster, tmp_path):
 
 def test_a_finished_stage_is_never_run_again(ray_cluster, tmp_path):
     config, _ = configs(tmp_path)
-    stage = pretrain(config, "s", cross_batch=False, seed=1)
+    stage = pretrain(config, "s", objective="dino", seed=1)
     facts = stage.run(config, None)
     assert stage.run(config, Breaks(tmp_path / "never", 1, "raise")) == facts
     assert not (tmp_path / "never").exists()
@@ -77,12 +77,12 @@ def test_a_finished_stage_is_never_run_again(ray_cluster, tmp_path):
 
 def test_seed_and_settings_name_the_stage(tmp_path):
     config, _ = configs(tmp_path)
-    keys = {pretrain(config, "s", cross_batch=cb, seed=seed).key for cb in (False, True) for seed in (0, 1)}
+    keys = {pretrain(config, "s", objective=o, seed=seed).key for o in ("dino", "dino-cb", "mae") for seed in (0, 1)}
     assert len(keys) == 4
     slower = small_config(tmp_path, pretrain={"steps": 7, "lr": 5e-4})
-    assert pretrain(slower, "s", cross_batch=True, seed=0).key not in keys
+    assert pretrain(slower, "s", objective="dino-cb", seed=0).key not in keys
     elsewhere = small_config(tmp_path, pretrain={"steps": 7}, train={"workers": "2", "log_every": 3}, stream={"prefetch": 1})
-    assert pretrain(elsewhere, "s", cross_batch=True, seed=0).key in keys
+    assert pretrain(elsewhere, "s", objective="dino-cb", seed=0).key in keys
 
 
 def test_history_counts_every_log_point_once(ray_cluster, tmp_path):
@@ -91,7 +91,7 @@ def test_history_counts_every_log_point_once(ray_cluster, tmp_path):
     import pyarrow.parquet as pq
 
     _, config = configs(tmp_path)
-    stage = pretrain(config, "s", cross_batch=True, seed=0)
+    stage = pretrain(config, "s", objective="dino-cb", seed=0)
     with pytest.raises(ConnectionError):
         stage.run(config, Breaks(tmp_path / "broke", 5, "raise"))
     stage.run(config, None)
@@ -127,7 +127,7 @@ def on(config, workers):
 
 def chain(config):
     """Plan a pre-training and the classifier on it."""
-    pretrained = pretrain(config, "s", cross_batch=True, seed=0)
+    pretrained = pretrain(config, "s", objective="dino-cb", seed=0)
     return pretrained, classify(config, "s", seed=0, extractor=pretrained)
 
 
@@ -160,7 +160,7 @@ def test_groups_do_what_one_worker_does(alone):
 def test_a_worker_that_dies_changes_nothing(alone, tmp_path):
     first, second = alone
     config = second.model_copy(update={"results": second.results.model_copy(update={"address": str(tmp_path)})})
-    stage = pretrain(config, "s", cross_batch=True, seed=0)
+    stage = pretrain(config, "s", objective="dino-cb", seed=0)
     stage.run(on(config, "1"), Breaks(tmp_path / "died", 6, "exit"))
     assert (tmp_path / "died").exists()
     assert_same(weights_of(first, stage), weights_of(config, stage))

@@ -36,10 +36,11 @@ def batch_mixing(features: NDArray[np.floating[Any]], batches: NDArray[Any], lab
     dict
         `ilisi`: median over images of the inverse Simpson index of batches among the 90 nearest images (LISI, Korsunsky et
         al., Nature Methods 2019), scaled from [1, number of batches]; random neighbours reach about 0.85 with three batches
-        of equal size, less with unequal ones. `kbet`: share of images whose neighbours have the same mix of batches as
-        their label, by a χ² test at 5 % (Büttner et al., Nature Methods 2019), mean over labels. `silhouette_batch`: 1 -
-        |silhouette width of the batches|, mean over labels (ASW, Luecken et al.); a batch that overlaps with one other
-        scores high though the rest lie apart (Rautenstrauch and Ohler, Nature Biotechnology 2025).
+        and 0.65 with eight, less with unequal ones, so compare the same images only. `kbet`: share of images whose
+        neighbours have the same mix of batches as their label, by a χ² test at 5 % (Büttner et al., Nature Methods 2019),
+        mean over labels. `silhouette_batch`: 1 - |silhouette width of the batches|, mean over labels (ASW, Luecken et al.);
+        a batch that overlaps with one other scores high though the rest lie apart (Rautenstrauch and Ohler, Nature
+        Biotechnology 2025).
 
     Raises
     ------

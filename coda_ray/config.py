@@ -31,6 +31,7 @@ Method = Literal[
     "oda-mae",
     "oda",
     "coda",
+    "probe",
     "standardise",
     "sphering",
     "harmony",
@@ -331,7 +332,9 @@ class Mae(Section):
     @model_validator(mode="after")
     def _whole_heads(self) -> Self:
         if self.decoder_width % self.decoder_heads:
-            raise ValueError(f"mae.decoder_width = {self.decoder_width} is no multiple of mae.decoder_heads = {self.decoder_heads}")
+            raise ValueError(
+                f"mae.decoder_width = {self.decoder_width} is no multiple of mae.decoder_heads = {self.decoder_heads}"
+            )
         return self
 
 
@@ -481,6 +484,9 @@ class Evaluate(Section):
 
     minibatch: int = Field(256, ge=1)
     """Tiles per forward pass and worker."""
+    profiles: bool = True
+    """Also average the embeddings of each well (profiles.parquet), and measure on the whole target how replicates and mechanisms
+    are retrieved and how batches mix."""
 
 
 class Tracking(Section):

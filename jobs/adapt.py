@@ -15,7 +15,7 @@ class AdaptJob(Config):
     target: str
     """Target that it is adapted to."""
     method: Method = "coda"
-    """Row of the result matrix; oda and coda adapt, the others are scored as they are."""
+    """Row of the result matrix; a method that adapts or corrects is scored beside the model that it starts from."""
     granularity: Granularity = "source"
     """Unit of adaptation: the whole target, each of its batches, or each of its plates."""
     seed: int = Field(0, ge=0)
@@ -28,7 +28,7 @@ def main() -> int:
     from coda_ray.pipeline.report import run_job
     from coda_ray.pipeline.transfer import Request
 
-    request = Request(job.source, job.target, job.method, job.granularity, job.seed)
+    request = Request(job.source, job.target, job.method, job.granularity, job.seed, job.split)
     name = f"{job.method} {job.source} to {job.target}, per {job.granularity}, seed {job.seed}"
     return run_job(job, [request], kind="adapt", name=name)
 

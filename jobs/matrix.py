@@ -12,12 +12,12 @@ def main() -> int:
     from coda_ray.pipeline.report import run_job
 
     wanted = config.matrix
-    for field in ("sources", "targets", "methods", "granularities", "seeds"):
+    for field in ("sources", "targets", "methods", "granularities", "splits", "seeds"):
         if not getattr(wanted, field):
             print(f"jobs/matrix.py: matrix.{field} is empty; name at least one in the configuration file", file=sys.stderr)
             return 2
     name = f"matrix of {len(wanted.sources)} x {len(wanted.targets)}, {', '.join(wanted.methods)}"
-    return run_job(config, requests_of(wanted), kind="matrix", name=name)
+    return run_job(config, requests_of(config), kind="matrix", name=name)
 
 
 if __name__ == "__main__":

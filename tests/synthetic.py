@@ -7,6 +7,7 @@ import pandas as pd
 
 from coda_ray.config import Config, Place
 from coda_ray.jump.prepare import preparation_of
+from coda_ray.jump.tables import CONTROL
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import COMPOUND, LABEL, TileStore
 
@@ -30,10 +31,13 @@ def small_config(root: Path, **sections: object) -> Config:
         "dino": {
             "head_hidden": 16, "head_bottleneck": 8, "out_dim": 16, "teacher_temperature_ramp": 2, "freeze_last_layer": 1,
         },
+        "mae": {"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2},
+        "ttt": {"steps": 2, "masks": 4, "images_at_once": 4},
+        "tent": {"steps": 2, "minibatch": 8},
         "pretrain": steps,
         "classify": {**steps, "lr_end": 1e-3, "validate_every": 2},
         "adapt": steps,
-        "evaluate": {"minibatch": 16},
+        "evaluate": {"minibatch": 16, "profiles": False},
         "train": {"checkpoint_every": 2, "log_every": 1, "cpus_per_worker": 0.5, "precision": "fp32"},
         "tracking": {"enabled": False},
     }  # fmt: skip
@@ -64,6 +68,7 @@ def write_tiles(config: Config, source: str, *, batches: int = 2, plates_per_bat
                             "Metadata_Source": source, "Metadata_Batch": f"b{batch}", "Metadata_Plate": plate,
                             "Metadata_Well": f"A{well:02d}", "Metadata_Site": str(site),
                             COMPOUND: "DMSO" if moa is None else f"c{moa}{compound}",
+                            CONTROL: "negcon" if moa is None else None,
                             LABEL: None if moa is None else f"moa {moa}",
                         }
                     )  # fmt: skip

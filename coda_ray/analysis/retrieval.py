@@ -14,10 +14,10 @@ import pandas as pd
 from copairs.map import average_precision, mean_average_precision
 from numpy.typing import NDArray
 
-from coda_ray.jump.tables import CONTROL, UNTREATED
+from coda_ray.jump.tables import CONTROL, NEGATIVE_CONTROL, UNTREATED
 from coda_ray.tiles.store import COMPOUND, LABEL, UNIT_COLUMNS
 
-BATCH, NEGATIVE_CONTROL = UNIT_COLUMNS["batch"], "negcon"
+BATCH = UNIT_COLUMNS["batch"]
 # Tells DMSO wells from each other, so that none is a replicate of another.
 OWN_ROW = "Metadata_Own_Row"
 RANDOM_RANKINGS = 10_000

@@ -16,7 +16,8 @@ INCHIKEY, CONTROL = "Metadata_InChIKey", "Metadata_Control"
 ANNOTATIONS = (COMPOUND, INCHIKEY, CONTROL, LABEL)
 # The one layout that the MoA rule speaks of.
 LABELLED_PLATE_TYPE = "TARGET2"
-UNTREATED = ("negcon", "empty")
+NEGATIVE_CONTROL = "negcon"
+UNTREATED = (NEGATIVE_CONTROL, "empty")
 MOA_FILES = {
     "platemap": ("JUMP-Target-2_compound_platemap.tsv", "compound_platemap.tsv"),
     "samples": ("JUMP-Target-2_compound_metadata.tsv", "compound_metadata.tsv"),

@@ -37,6 +37,7 @@ from coda_ray.training.loop import Report
 
 PROBABILITY = "probability_"
 FEATURE = "feature_"
+TILE_ID = ["Metadata_Source", "Metadata_Batch", "Metadata_Plate", "Metadata_Well", "Metadata_Site"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def evaluate(
         Seed of its masks.
     """
     tiles = index.without_labels()
-    inputs = {"tiles": tiles.fingerprint, "views": settings_of(config.views), "precision": config.train.precision}
+    inputs: dict[str, Any] = {"tiles": tiles.fingerprint, "views": settings_of(config.views), "precision": config.train.precision}
     if (adapted or autoencoder) and config.dino.extractor != "teacher":
         inputs["extractor"] = config.dino.extractor
     title = f"evaluate {(adapted or classifier).title} on {what}"

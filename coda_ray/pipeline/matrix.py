@@ -12,11 +12,11 @@ from typing import Any
 import pandas as pd
 import ray
 
-from coda_ray.config import Config, Matrix
+from coda_ray.config import Config
 from coda_ray.pipeline.data import DataError
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.task import run_stage, run_stage_afresh
-from coda_ray.pipeline.transfer import UNADAPTED, Request, Transfer, plan, score, stages_of
+from coda_ray.pipeline.transfer import Request, Transfer, plan, score, stages_of, unadapted
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key
 from coda_ray.tracking.figures import figure_png, matrix_figures
@@ -25,6 +25,8 @@ from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.table import compile_transfers, job_matrix
 from coda_ray.training.launch import resources
 from coda_ray.training.loop import Report
+
+TRAINING = ("pretrain", "classify", "adapt")
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +60,13 @@ class Outcome:
     ui_hint: str | None = None
 
 
-def requests_of(matrix: Matrix) -> list[Request]:
+def requests_of(config: Config) -> list[Request]:
     """List every cell of a matrix: each source to each other target, and each source on its own held-out plate."""
-    across = product(matrix.seeds, matrix.methods, matrix.granularities, matrix.sources, matrix.targets)
-    within = product(matrix.seeds, matrix.methods, matrix.sources)
-    cells = [Request(s, t, method, granularity, seed) for seed, method, granularity, s, t in across if s != t]
-    return cells + [Request(s, s, UNADAPTED.get(method, method), "plate", seed) for seed, method, s in within]
+    matrix = config.matrix
+    across = product(matrix.splits, matrix.seeds, matrix.methods, matrix.granularities, matrix.sources, matrix.targets)
+    within = product(matrix.splits, matrix.seeds, matrix.methods, matrix.sources)
+    cells = [Request(s, t, method, granularity, seed, split) for split, seed, method, granularity, s, t in across if s != t]
+    return cells + [Request(s, s, unadapted(config, method), "plate", seed, split) for split, seed, method, s in within]
 
 
 def run_transfers(
@@ -106,7 +109,7 @@ def run_transfers(
         "command": command,
         "config": config.model_dump(mode="json"),
         "transfers": [transfer.key for transfer in transfers if len(transfer.index)],
-        "stages": [stage.path for stage in stages if stage.kind in ("pretrain", "classify", "adapt")],
+        "stages": [stage.path for stage in stages if stage.kind in TRAINING],
     }
     results.write(f"jobs/{job['key']}.json", json.dumps(job, indent=1).encode())
     tracker = Tracker.open(config.tracking, results)
@@ -166,7 +169,7 @@ class _Runner:
         self.scored: dict[str, list[Transfer]] = defaultdict(list)
         self.trained: dict[str, list[Transfer]] = defaultdict(list)
         for transfer in transfers:
-            self.scored[transfer.evaluation.key].append(transfer)
+            self.scored[transfer.last.key].append(transfer)
             if transfer.trained and len(transfer.index):
                 self.trained[transfer.trained.key].append(transfer)
         self.running: dict[ray.ObjectRef[dict[str, Any]], Stage] = {}
@@ -238,7 +241,7 @@ class _Runner:
         if of_transfer:
             transfer = of_transfer[0]
             return self.tracker.live({**transfer.identity, "key": transfer.key})
-        return None if stage.kind == "evaluate" else self.tracker.live_stage(stage.title, stage.key)
+        return self.tracker.live_stage(stage.title, stage.key) if stage.kind in TRAINING else None
 
     def _wait(self) -> None:
         """Take the next stage that ends."""
@@ -256,7 +259,7 @@ class _Runner:
 
     def _score(self, stage: Stage) -> None:
         """Send a finished stage's curve, and score the transfers that it answers for."""
-        if stage.kind != "evaluate" and stage.key not in self.trained:
+        if stage.kind in TRAINING and stage.key not in self.trained:
             self.tracker.stage(stage.title, stage.key, read_history(self.results, stage.path))
         wanted = self.scored.get(stage.key, [])
         known = [_stored(self.results, transfer) for transfer in wanted]

@@ -14,13 +14,20 @@ from coda_ray.pipeline.matrix import Outcome, StagesFailedError, run_transfers
 from coda_ray.pipeline.transfer import Request
 from coda_ray.storage import open_place
 from coda_ray.tracking.records import SCORES
-from coda_ray.tracking.table import render_matrix, select
+from coda_ray.tracking.table import matrices, render_matrix
 
 # Columns where the output is no terminal.
 WIDTH = 150
 # Transfers that are worth a row each on the screen.
 MOST_ROWS = 60
-SHORT = {"accuracy": "acc", "macro_f1": "F1", "well_accuracy": "well acc", "well_macro_f1": "well F1"}
+SHORT = {
+    "accuracy": "acc",
+    "macro_f1": "F1",
+    "well_accuracy": "well acc",
+    "well_macro_f1": "well F1",
+    "compound_accuracy": "cpd acc",
+    "compound_macro_f1": "cpd F1",
+}
 
 
 def run_job(config: Config, requests: Sequence[Request], *, kind: str, name: str) -> int:
@@ -68,8 +75,8 @@ def _show(console: Console, config: Config, outcome: Outcome) -> None:
     if 0 < len(outcome.transfers) <= MOST_ROWS:
         console.print(transfers_table(outcome.transfers))
     if len(outcome.matrix):
-        for granularity in outcome.matrix["granularity"].unique():
-            console.print(render_matrix(select(outcome.matrix, "accuracy", granularity)))
+        for part in matrices(outcome.matrix, "accuracy"):
+            console.print(render_matrix(part))
     for title, address in outcome.unscored.items():
         console.print(f"no MoA labels, so no score: {title}: {address}", soft_wrap=True, highlight=False)
     results = open_place(config.results)
@@ -82,8 +89,8 @@ def _show(console: Console, config: Config, outcome: Outcome) -> None:
 
 def transfers_table(transfers: pd.DataFrame) -> Table:
     """Lay out transfers row by row, scores in percent."""
-    table = Table(title="transfers: accuracy and macro-F1 in percent, per image and per well")
-    names = ["source", "target", "method", "granularity", "unit", "scope", "seed", "n_images", "n_wells"]
+    table = Table(title="transfers: accuracy and macro-F1 in percent, per image, per well and per compound")
+    names = ["source", "target", "method", "granularity", "unit", "scope", "split", "seed", "n_images"]
     for column in [*names, *SCORES, "steps"]:
         table.add_column(SHORT.get(column, column), overflow="fold")
     for row in transfers.to_dict("records"):

@@ -320,7 +320,9 @@ def _knn(config: Config, source: str, vit: VisionTransformer, device: torch.devi
 def _tent_work(config: Config, tiles: data.UnlabelledTiles, classifier: Stage, seed: int) -> Work:
     """Build Tent on the worker, from a finished labelled stage."""
     model = load_model(config, classifier, None, len(tiles.pool.channels))
-    return Work(TentObjective(model, recipe=networks.recipe(config)), tiles.source(seed=seed, crop=config.views.tile_crop, pairs=None))
+    return Work(
+        TentObjective(model, recipe=networks.recipe(config)), tiles.source(seed=seed, crop=config.views.tile_crop, pairs=None)
+    )
 
 
 def _classify_work(config: Config, source: str, fingerprint: str, classes: list[str], seed: int, extractor: Stage | None) -> Work:

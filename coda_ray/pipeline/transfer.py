@@ -1,23 +1,28 @@
 """Transfers: which stages a method needs from one source to one target, and the scores at the end."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, cast, get_args
 
 import numpy as np
 
-from coda_ray.analysis.metrics import image_scores, well_scores
-from coda_ray.config import Config, Granularity, Method
+from coda_ray.analysis.intervals import bootstrap_accuracy
+from coda_ray.analysis.metrics import compound_scores, image_scores, well_scores
+from coda_ray.config import METHODS_PER_UNIT, Config, Granularity, Method, Split
 from coda_ray.pipeline import data
-from coda_ray.pipeline.evaluate import PROBABILITY, evaluate, predictions_of
+from coda_ray.pipeline.correct import Correction, correct
+from coda_ray.pipeline.evaluate import PROBABILITY, TILE_ID, evaluate, predictions_of
+from coda_ray.pipeline.profile import profile
 from coda_ray.pipeline.stage import Stage
-from coda_ray.pipeline.train_stages import adapt, classify, pretrain
+from coda_ray.pipeline.train_stages import MODEL_ON, Pretraining, adapt, classify, pretrain, tent
 from coda_ray.storage import Folder
-from coda_ray.tiles.store import LABEL, UNIT_COLUMNS, TileIndex, content_key
+from coda_ray.tiles.store import COMPOUND, UNIT_COLUMNS, TileIndex, content_key
+from coda_ray.tracking.records import FEATURE_SCORES
 
-UNADAPTED: dict[Method, Method] = {"oda": "dual-dino", "coda": "dual-cb"}
-TILE_ID = ["Metadata_Source", "Metadata_Batch", "Metadata_Plate", "Metadata_Well", "Metadata_Site"]
+BASELINES: frozenset[Method] = frozenset({"probe", "standardise", "sphering", "harmony", "tent"})
+BOOTSTRAP_SEED = 0
+PRETRAINING: dict[Method, Pretraining] = {model: objective for objective, model in MODEL_ON.items()}
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,16 @@ class Request:
     method: Method
     granularity: Granularity
     seed: int
+    split: Split = "plate"
+
+
+@dataclass(frozen=True)
+class Model:
+    """The stages of an unadapted model."""
+
+    method: Method
+    classifier: Stage
+    extractor: Stage | None
 
 
 @dataclass(frozen=True)
@@ -38,27 +53,42 @@ class Transfer:
     Parameters
     ----------
     identity
-        source, target, method, granularity, unit, scope, seed.
+        source, target, method, granularity, unit, scope, split, seed.
     evaluation
         The stage whose predictions are scored.
     trained
         The adaptation that made the model; None for an unadapted one.
     index
         The labelled tiles that count; none where the target has no labels, and then there is no score.
-    classes
-        MoA labels, in the order of the classifier.
+    profile
+        The stage that measures the features; None where that is not wanted, or the transfer is scored on a part of the
+        evaluated tiles.
     """
 
     identity: dict[str, Any]
     evaluation: Stage
     trained: Stage | None
     index: TileIndex
-    classes: tuple[str, ...]
+    profile: Stage | None = None
+
+    @property
+    def last(self) -> Stage:
+        """The stage after which it can be scored."""
+        return self.profile or self.evaluation
 
     @cached_property
     def key(self) -> str:
         """Hash of everything that decides the score, the labels among it."""
-        return content_key({**self.identity, "evaluation": self.evaluation.key, "tiles": self.index.fingerprint})
+        return content_key({**self.identity, "evaluation": self.last.key, "tiles": self.index.fingerprint})
+
+
+def unadapted(config: Config, method: Method) -> Method:
+    """Name the model that a method starts from; itself, where it adapts nothing."""
+    if method in ("ttt", "oda-mae"):
+        return "dual-mae"
+    if method in ("oda", "coda"):
+        return "dual-dino" if method == "oda" else "dual-cb"
+    return config.baselines.model if method in BASELINES else method
 
 
 def plan(config: Config, request: Request) -> list[Transfer]:
@@ -69,41 +99,74 @@ def plan(config: Config, request: Request) -> list[Transfer]:
     config
         Settings.
     request
-        Source, target, method, granularity, seed. With source = target the model is scored on the held-out plate.
+        Source, target, method, granularity, seed, split. With source = target the model is scored on the held-out plate.
 
     Returns
     -------
     list of Transfer
-        The unadapted model's first; for a granularity below `source`, per unit, on the unit itself and on the whole target.
+        The unadapted model's first; of a method that is fitted to units, at a granularity below `source`, per unit, on the
+        unit itself and on the whole target.
 
     Raises
     ------
     DataError
         When tiles, labels or partners are not there.
     """
-    model = UNADAPTED.get(request.method, request.method)
-    extractor = None
-    if model != "supervised":
-        extractor = pretrain(config, request.source, cross_batch=model == "dual-cb", seed=request.seed)
-    classifier = classify(config, request.source, seed=request.seed, extractor=extractor)
+    config = config.model_copy(update={"split": request.split})
+    model = _model(config, request)
     if request.source == request.target:
-        return [_in_domain(config, request, model, classifier)]
+        return [_in_domain(config, request, model)]
     index = data.load_tiles(config, request.target)
-    labelled = _scorable(index, classifier)
-    base = evaluate(config, index, request.target, classifier)
-    found = [_transfer(request, model, "source", request.target, "whole", base, None, labelled)]
-    if extractor is None or request.method not in UNADAPTED:
+    counted = data.scored(config, request.source, index, model.classifier.inputs["classes"])
+    base = evaluate(config, index, request.target, model.classifier)
+    whole = partial(_on_the_whole, config, request, index, counted)
+    found = [whole(model.method, "source", request.target, base, None)]
+    if request.method == model.method:
         return found
+    if request.method not in METHODS_PER_UNIT:
+        after, _ = _treated(config, request, model, index, base, "source", request.target)
+        return [*found, whole(request.method, "source", request.target, after, None)]
     granularity = request.granularity
     for unit in index.units(granularity):
-        adapted = adapt(config, extractor, request.target, granularity=granularity, unit=unit, seed=request.seed)
-        after = evaluate(config, index, request.target, classifier, adapted)
-        found.append(_transfer(request, request.method, granularity, unit, "whole", after, adapted, labelled))
+        after, trained = _treated(config, request, model, index, base, granularity, unit)
+        # Harmony corrects the images that it was fitted to, and no others.
+        if granularity == "source" or request.method != "harmony":
+            found.append(whole(request.method, granularity, unit, after, trained))
         if granularity != "source":
-            inside = labelled.unit(granularity, unit)
-            found.append(_transfer(request, model, granularity, unit, "adapted", base, None, inside))
-            found.append(_transfer(request, request.method, granularity, unit, "adapted", after, adapted, inside))
+            inside = counted.unit(granularity, unit)
+            found.append(_transfer(request, model.method, granularity, unit, "adapted", base, None, inside))
+            found.append(_transfer(request, request.method, granularity, unit, "adapted", after, trained, inside))
     return found
+
+
+def _model(config: Config, request: Request) -> Model:
+    """Plan the model that a method starts from."""
+    method = unadapted(config, request.method)
+    extractor = None
+    if method != "supervised":
+        extractor = pretrain(config, request.source, objective=PRETRAINING[method], seed=request.seed)
+    return Model(method, classify(config, request.source, seed=request.seed, extractor=extractor), extractor)
+
+
+def _treated(
+    config: Config, request: Request, model: Model, index: TileIndex, base: Stage, granularity: Granularity, unit: str
+) -> tuple[Stage, Stage | None]:
+    """Plan what a method does to a model, or to its features, for one unit: the evaluation, and the training behind it."""
+    method, seed = request.method, request.seed
+    if method == "ttt":
+        return evaluate(config, index, request.target, model.classifier, autoencoder=model.extractor, seed=seed), None
+    if method in get_args(Correction):
+        known = data.training_tiles(config, request.source)
+        before = evaluate(config, known, f"the training tiles of {request.source}", model.classifier)
+        correction = cast(Correction, method)
+        stage = correct(config, correction, model.classifier, before, base, granularity=granularity, unit=unit, seed=seed)
+        return stage, None
+    if method == "tent":
+        trained = tent(config, model.classifier, request.target, granularity=granularity, unit=unit, seed=seed)
+    else:
+        extractor = cast(Stage, model.extractor)
+        trained = adapt(config, extractor, request.target, granularity=granularity, unit=unit, seed=seed)
+    return evaluate(config, index, request.target, model.classifier, trained), trained
 
 
 def stages_of(transfers: Iterable[Transfer]) -> list[Stage]:
@@ -117,7 +180,7 @@ def stages_of(transfers: Iterable[Transfer]) -> list[Stage]:
             ordered[stage.key] = stage
 
     for transfer in transfers:
-        visit(transfer.evaluation)
+        visit(transfer.last)
     return list(ordered.values())
 
 
@@ -129,7 +192,8 @@ def score(config: Config, results: Folder, transfers: Iterable[Transfer]) -> Ite
     Yields
     ------
     dict
-        The transfer's record: its identity, counts, scores, steps, seconds, key and where its curve is.
+        The transfer's record: its identity, counts, scores, the accuracy's 95 % interval over wells, scores of the features
+        (null where not measured), steps, seconds, key and where its curve is.
     """
     table, evaluation = None, ""
     for transfer in transfers:
@@ -140,16 +204,25 @@ def score(config: Config, results: Folder, transfers: Iterable[Transfer]) -> Ite
         frame = transfer.index.frame
         known = frame[frame.set_index(TILE_ID).index.isin(table.index)]
         chosen = table.loc[list(known[TILE_ID].itertuples(index=False, name=None))]
-        probabilities = chosen[[f"{PROBABILITY}{name}" for name in transfer.classes]].to_numpy(np.float64)
-        labels = data.label_codes(TileIndex(known, transfer.index.folder, ()), list(transfer.classes))
+        named = chosen.filter(like=PROBABILITY)
+        classes, probabilities = [str(name).removeprefix(PROBABILITY) for name in named], named.to_numpy(np.float64)
+        labels = data.label_codes(TileIndex(known, transfer.index.folder, ()), classes)
         wells = (known["Metadata_Plate"] + "/" + known["Metadata_Well"]).to_numpy(str)
+        compounds = known[COMPOUND].to_numpy(str)
+        low, high = bootstrap_accuracy(wells, probabilities.argmax(1) == labels, seed=BOOTSTRAP_SEED)
         facts = (transfer.trained.facts(results) or {}) if transfer.trained else {}
+        measured = (transfer.profile.facts(results) or {}) if transfer.profile else {}
         yield {
             **transfer.identity,
             "n_images": len(known),
             "n_wells": len(np.unique(wells)),
+            "n_compounds": len(np.unique(compounds)),
             **image_scores(labels, probabilities),
             **well_scores(wells, labels, probabilities),
+            **compound_scores(compounds, labels, probabilities),
+            "accuracy_low": low,
+            "accuracy_high": high,
+            **{name: measured.get("scores", {}).get(name) for name in FEATURE_SCORES},
             "steps": facts.get("steps", 0),
             "seconds": facts.get("seconds", 0.0),
             "key": transfer.key,
@@ -157,12 +230,29 @@ def score(config: Config, results: Folder, transfers: Iterable[Transfer]) -> Ite
         }
 
 
-def _in_domain(config: Config, request: Request, model: Method, classifier: Stage) -> Transfer:
+def _on_the_whole(
+    config: Config,
+    request: Request,
+    index: TileIndex,
+    counted: TileIndex,
+    method: Method,
+    granularity: Granularity,
+    unit: str,
+    evaluation: Stage,
+    trained: Stage | None,
+) -> Transfer:
+    """Name one score on all of the target; its features are measured too, where that is wanted."""
+    transfer = _transfer(request, method, granularity, unit, "whole", evaluation, trained, counted)
+    return replace(transfer, profile=profile(config, index, evaluation)) if config.evaluate.profiles else transfer
+
+
+def _in_domain(config: Config, request: Request, model: Model) -> Transfer:
     """Score the unadapted model on its source's held-out plate."""
     index = data.held_out_tiles(config, request.source)
     plate = str(index.frame[UNIT_COLUMNS["plate"]].iloc[0])
-    evaluation = evaluate(config, index, f"{request.source}'s held-out plate {plate}", classifier)
-    return _transfer(request, model, "plate", plate, "adapted", evaluation, None, _scorable(index, classifier))
+    evaluation = evaluate(config, index, f"{request.source}'s held-out plate {plate}", model.classifier)
+    counted = data.scored(config, request.source, index, model.classifier.inputs["classes"])
+    return _transfer(request, model.method, "plate", plate, "adapted", evaluation, None, counted)
 
 
 def _transfer(
@@ -183,12 +273,7 @@ def _transfer(
         "granularity": granularity,
         "unit": unit,
         "scope": scope,
+        "split": request.split,
         "seed": request.seed,
     }
-    classifier = evaluation.needs[0]
-    return Transfer(identity, evaluation, trained, index, tuple(classifier.inputs["classes"]))
-
-
-def _scorable(index: TileIndex, classifier: Stage) -> TileIndex:
-    """Keep the tiles whose MoA the classifier knows."""
-    return index.where(index.frame[LABEL].isin(classifier.inputs["classes"]))
+    return Transfer(identity, evaluation, trained, index)

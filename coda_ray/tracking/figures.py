@@ -10,12 +10,12 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from coda_ray.tracking.table import cell_text, cells_of, select, shown, title_of
+from coda_ray.tracking.table import cell_text, cells_of, matrices, shown, title_of
 
 COLOURS = "viridis"  # even in lightness: reads in grey print and with any colour vision
 CELL_INCHES = (0.95, 0.62)
 PAGE_INCHES = 13.0
-# The scores that are drawn; all four are in the table.
+# The scores that are drawn; all are in the table.
 DRAWN = ("accuracy", "macro_f1")
 
 
@@ -30,13 +30,9 @@ def matrix_figures(tidy: pd.DataFrame) -> dict[str, Figure]:
     Returns
     -------
     dict
-        `matrix-<metric>-<granularity>` to figure, for accuracy and macro-F1 at every granularity.
+        `matrix-<metric>-<granularity>` (and `-compounds` where they are held out) to figure, for accuracy and macro-F1.
     """
-    return {
-        f"matrix-{metric}-{granularity}": matrix_heatmap(select(tidy, metric, granularity))
-        for granularity in dict.fromkeys(tidy["granularity"])
-        for metric in DRAWN
-    }
+    return {_name(part): matrix_heatmap(part) for metric in DRAWN for part in matrices(tidy, metric)}
 
 
 def matrix_heatmap(tidy: pd.DataFrame) -> Figure:
@@ -76,6 +72,12 @@ def figure_png(figure: Figure) -> bytes:
     sink = io.BytesIO()
     figure.savefig(sink, format="png")
     return sink.getvalue()
+
+
+def _name(tidy: pd.DataFrame) -> str:
+    """Name the picture of one matrix."""
+    metric, split, granularity = (tidy[name].iloc[0] for name in ("metric", "split", "granularity"))
+    return f"matrix-{metric}-{granularity}" + ("-compounds" if split == "compounds" else "")
 
 
 def _panel(

@@ -11,9 +11,13 @@ import pandas as pd
 from coda_ray.storage import Folder
 
 READS_AT_A_TIME = 16
-IDENTITY = ("source", "target", "method", "granularity", "unit", "scope", "seed")
-SCORES = ("accuracy", "macro_f1", "well_accuracy", "well_macro_f1")
-MEASURES = ("n_images", "n_wells", *SCORES, "steps", "seconds")
+IDENTITY = ("source", "target", "method", "granularity", "unit", "scope", "split", "seed")
+COUNTS = ("n_images", "n_wells", "n_compounds")
+SCORES = ("accuracy", "macro_f1", "well_accuracy", "well_macro_f1", "compound_accuracy", "compound_macro_f1")
+INTERVAL = ("accuracy_low", "accuracy_high")
+# Of the features on the whole target, whatever the classifier says; missing where they were not measured.
+FEATURE_SCORES = ("replicate_map_controls", "replicate_map", "moa_map", "ilisi", "kbet", "silhouette_batch")
+MEASURES = (*COUNTS, *SCORES, *INTERVAL, *FEATURE_SCORES, "steps", "seconds")
 TRANSFER_COLUMNS = (*IDENTITY, *MEASURES, "key")
 
 
@@ -105,7 +109,7 @@ def transfers_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
         if missing:
             raise ValueError(f"transfers/{record.get('key')}.json lacks {', '.join(missing)}; delete it and run its job again")
     frame = pd.DataFrame([{name: record[name] for name in TRANSFER_COLUMNS} for record in records], columns=TRANSFER_COLUMNS)
-    whole = ("seed", "n_images", "n_wells", "steps")
+    whole = ("seed", *COUNTS, "steps")
     kinds = {name: "int64" if name in whole else "float64" for name in (*MEASURES, "seed")}
     kinds |= {name: "str" for name in TRANSFER_COLUMNS if name not in kinds}
     return frame.astype(kinds).sort_values([*IDENTITY, "key"], ignore_index=True)

@@ -21,7 +21,7 @@ import yaml
 from coda_ray.config import Tracking
 from coda_ray.storage import Folder
 from coda_ray.tracking.records import IDENTITY, MEASURES
-from coda_ray.tracking.table import markdown_matrix, select
+from coda_ray.tracking.table import markdown_matrix, matrices
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -322,8 +322,7 @@ def curve_points(history: pd.DataFrame) -> list[Any]:
 
 def _markdown(matrix: pd.DataFrame, metrics: list[str]) -> str:
     """Every matrix of some metrics, one below the other."""
-    granularities = matrix["granularity"].unique().tolist()
-    return "\n".join(markdown_matrix(select(matrix, metric, g)) for g in granularities for metric in metrics)
+    return "\n".join(markdown_matrix(part) for metric in metrics for part in matrices(matrix, metric))
 
 
 def _note(record: Mapping[str, Any], matrix: pd.DataFrame | None) -> str:

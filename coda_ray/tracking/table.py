@@ -3,23 +3,26 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any, cast, get_args
 
 import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from coda_ray.config import Granularity, Method
+from coda_ray.config import METHODS_PER_UNIT, Granularity, Method, Split
 from coda_ray.storage import Folder
 from coda_ray.tracking.records import SCORES, read_records, transfers_frame
 
-MATRIX_COLUMNS = ("metric", "granularity", "source", "target", "method", "mean", "std", "n_seeds")
+MATRIX_COLUMNS = ("metric", "split", "granularity", "source", "target", "method", "mean", "std", "n_seeds")
 CELL = ["source", "target", "method"]
 TITLES = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
     "well_accuracy": "accuracy per well",
     "well_macro_f1": "macro-F1 per well",
+    "compound_accuracy": "accuracy per compound",
+    "compound_macro_f1": "macro-F1 per compound",
 }
 
 
@@ -49,7 +52,7 @@ def compile_transfers(results: Folder) -> pd.DataFrame:
 
 
 def job_matrix(transfers: pd.DataFrame, job: Mapping[str, Any]) -> pd.DataFrame:
-    """Tabulate every score at every granularity of one job.
+    """Tabulate every score at every split and granularity of one job.
 
     Parameters
     ----------
@@ -61,33 +64,36 @@ def job_matrix(transfers: pd.DataFrame, job: Mapping[str, Any]) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        The rows of `matrix_table` for all scores and granularities, one below the other.
+        The rows of `matrix_table` for all scores, splits and granularities, one below the other.
     """
     own = transfers[transfers["key"].isin(job["transfers"])]
-    across = own[(own["source"] != own["target"]) & ~own["method"].map(is_unadapted)]
+    across = own[(own["source"] != own["target"]) & own["method"].isin(METHODS_PER_UNIT)]
     # A job with nothing adapted (only in-domain scores, or unadapted methods) has one table all the same.
     granularities = [g for g in get_args(Granularity) if g in set(across["granularity"])] or ["source"]
-    tables = [matrix_table(own, metric, granularity) for granularity in granularities for metric in SCORES]
-    return pd.concat(tables, ignore_index=True)
+    splits = [s for s in get_args(Split) if s in set(own["split"])]
+    wanted = product(splits, granularities, SCORES)
+    return pd.concat([matrix_table(own, metric, granularity, split) for split, granularity, metric in wanted], ignore_index=True)
 
 
-def matrix_table(transfers: pd.DataFrame, metric: str, granularity: Granularity) -> pd.DataFrame:
+def matrix_table(transfers: pd.DataFrame, metric: str, granularity: Granularity, split: Split = "plate") -> pd.DataFrame:
     """Tabulate one score: mean and standard deviation over seeds for every source, target and method.
 
     Between two sources, an adapted method has, at granularity `source`, its score on the whole target; at `batch`
     and `plate`, the mean over units of the score of the model that was adapted to the unit, weighted by images
-    (scores per well: by wells), and only for seeds that have every unit. Supervised and dual models were not
-    adapted: their row is the score on the whole target at every granularity. A source with itself is scored on its
-    held-out plate.
+    (scores per well or compound: by those), and only for seeds that have every unit. A method that is not fitted to units
+    (supervised, dual models, ttt, ...) has the score on the whole target at every granularity. A source with itself is
+    scored on its held-out plate.
 
     Parameters
     ----------
     transfers
         Rows of one job (one result per transfer), as `compile_transfers` returns them.
     metric
-        `accuracy`, `macro_f1`, `well_accuracy` or `well_macro_f1`.
+        One of `records.SCORES`.
     granularity
         Unit of adaptation.
+    split
+        What was held out.
 
     Returns
     -------
@@ -102,9 +108,9 @@ def matrix_table(transfers: pd.DataFrame, metric: str, granularity: Granularity)
     """
     if metric not in SCORES:
         raise ValueError(f"metric = {metric!r}: choose from {', '.join(SCORES)}")
-    rows = _rows_that_count(transfers, granularity)
+    rows = _rows_that_count(transfers[transfers["split"] == split], granularity)
     _refuse_doubles(rows)
-    weight = "n_wells" if metric.startswith("well_") else "n_images"
+    weight = {"well": "n_wells", "compound": "n_compounds"}.get(metric.partition("_")[0], "n_images")
     rows = rows.assign(weighted=rows[metric] * rows[weight], weight=rows[weight])
     seeds = rows.groupby([*CELL, "seed"], as_index=False)[["weighted", "weight"]].sum()
     seeds["score"] = seeds["weighted"] / seeds["weight"]
@@ -112,6 +118,7 @@ def matrix_table(transfers: pd.DataFrame, metric: str, granularity: Granularity)
         seeds.groupby(CELL, as_index=False).agg(mean=("score", "mean"), std=("score", "std"), n_seeds=("score", "count"))
     )
     table.insert(0, "granularity", granularity)
+    table.insert(0, "split", split)
     table.insert(0, "metric", metric)
     order = (
         [*map(_natural, table["source"])],
@@ -120,11 +127,6 @@ def matrix_table(transfers: pd.DataFrame, metric: str, granularity: Granularity)
     )
     table = table.iloc[sorted(range(len(table)), key=lambda i: tuple(column[i] for column in order))]
     return table.reset_index(drop=True).loc[:, list(MATRIX_COLUMNS)]
-
-
-def is_unadapted(method: str) -> bool:
-    """Whether a method applies the source's model as it is."""
-    return method == "supervised" or method.startswith("dual-")
 
 
 def shown(names: Sequence[str]) -> list[str]:
@@ -153,13 +155,15 @@ def seeds_text(tidy: pd.DataFrame) -> str:
 
 def title_of(tidy: pd.DataFrame) -> str:
     """Title of a matrix: metric, granularity, seeds."""
-    metric, granularity = tidy["metric"].iloc[0], tidy["granularity"].iloc[0]
-    return f"{TITLES[metric]} (%), adapted per {granularity}, mean ± std over {seeds_text(tidy)}"
+    metric, split, granularity = (tidy[name].iloc[0] for name in ("metric", "split", "granularity"))
+    held_out = ", compounds held out" if split == "compounds" else ""
+    return f"{TITLES[metric]} (%){held_out}, adapted per {granularity}, mean ± std over {seeds_text(tidy)}"
 
 
-def select(tidy: pd.DataFrame, metric: str, granularity: str) -> pd.DataFrame:
-    """Take one matrix out of a table of several."""
-    return tidy[(tidy["metric"] == metric) & (tidy["granularity"] == granularity)].reset_index(drop=True)
+def matrices(tidy: pd.DataFrame, metric: str) -> list[pd.DataFrame]:
+    """Take the matrices of one score out of a job's table: one per split and granularity."""
+    of_metric = tidy[tidy["metric"] == metric]
+    return [part.reset_index(drop=True) for _, part in of_metric.groupby(["split", "granularity"], sort=False)]
 
 
 def render_matrix(tidy: pd.DataFrame) -> Table:
@@ -211,7 +215,7 @@ def _grid(tidy: pd.DataFrame) -> tuple[list[str], list[list[str]], list[list[str
 def _rows_that_count(transfers: pd.DataFrame, granularity: Granularity) -> pd.DataFrame:
     """Choose the rows that a matrix is made of; see `matrix_table`."""
     within = transfers["source"] == transfers["target"]
-    unadapted = transfers["method"].map(is_unadapted).astype(bool)
+    unadapted = ~transfers["method"].isin(METHODS_PER_UNIT)
     whole = (transfers["granularity"] == "source") & (transfers["scope"] == "whole")
     diagonal = within & (transfers["granularity"] == "plate") & (transfers["scope"] == "adapted")
     if granularity == "source":

@@ -1,0 +1,148 @@
+"""The stage that looks at features: well profiles, retrieval of replicates and mechanisms, mixing of batches."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import ray.train
+from numpy.typing import NDArray
+
+from coda_ray.analysis.mixing import batch_mixing
+from coda_ray.analysis.retrieval import moa_map, replicate_map
+from coda_ray.config import Config
+from coda_ray.pipeline.evaluate import FEATURE, TILE_ID, embeddings_of
+from coda_ray.pipeline.stage import Stage
+from coda_ray.pipeline.train_stages import Made
+from coda_ray.storage import Folder
+from coda_ray.tiles.store import COMPOUND, LABEL, TileIndex, table_bytes
+from coda_ray.training.loop import Report
+
+WELL_ID = ["Metadata_Source", "Metadata_Batch", "Metadata_Plate", "Metadata_Well"]
+# Of the random rankings that retrieval is compared with.
+SEED = 0
+
+
+@dataclass(frozen=True)
+class ProfileRun:
+    """What a profile worker needs; picklable, without features."""
+
+    title: str
+    folder: Folder
+    config: Config
+    index: TileIndex
+    evaluation: Stage
+
+
+def profile(config: Config, index: TileIndex, evaluation: Stage) -> Stage:
+    """Plan the well profiles of an evaluation, and what they tell.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    index
+        The evaluated tiles, with MoA labels where there are any: they are read after adaptation, for the scores alone.
+    evaluation
+        The stage that has the embeddings.
+    """
+    title = f"profiles of {evaluation.title}"
+    return Stage("profile", title, {"tiles": index.fingerprint}, partial(_make, config, title, index, evaluation), (evaluation,))
+
+
+def _make(config: Config, title: str, index: TileIndex, evaluation: Stage, folder: Folder, report: Report | None) -> Made:
+    """Describe the stage to the worker loop; it has no curve to report."""
+    return profile_loop, ProfileRun(title, folder, config, index, evaluation)
+
+
+def profile_loop(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `profiles.parquet` and measure it, on the first worker alone.
+
+    Parameters
+    ----------
+    config
+        `{"run": ProfileRun}`, as Ray Train passes it.
+
+    Returns
+    -------
+    dict
+        Facts: wells, seconds, `scores` (null where the data have nothing to measure) and, for those, the reasons.
+    """
+    run: ProfileRun = config["run"]
+    if ray.train.get_context().get_world_rank():
+        return {}
+    begun = time.monotonic()
+    images = _annotated(run)
+    wells = well_profiles(images)
+    table = pa.Table.from_pandas(wells, preserve_index=False)
+    run.folder.write("profiles.parquet", table_bytes(table))
+    scores, reasons = _measure(images, wells)
+    facts = {"wells": len(wells), "seconds": round(time.monotonic() - begun, 3), "scores": scores, "not_measured": reasons}
+    run.folder.write("done.json", json.dumps(facts, indent=1).encode())
+    return facts
+
+
+def well_profiles(images: pd.DataFrame) -> pd.DataFrame:
+    """Average the embeddings of each well's images.
+
+    Parameters
+    ----------
+    images
+        One row per image: Metadata_ columns, `feature_0000`, ... .
+
+    Returns
+    -------
+    DataFrame
+        One row per well, sorted by batch, plate and well: the Metadata_ columns but the site, `Metadata_Image_Count`, and the
+        features, float32.
+    """
+    features = list(images.filter(like=FEATURE))
+    metadata = list(images.filter(like="Metadata_").drop(columns="Metadata_Site"))
+    groups = images.groupby(WELL_ID, sort=True)
+    wells = groups[metadata].first().reset_index(drop=True)
+    wells["Metadata_Image_Count"] = groups.size().to_numpy()
+    return pd.concat([wells, groups[features].mean().astype(np.float32).reset_index(drop=True)], axis=1)
+
+
+def _annotated(run: ProfileRun) -> pd.DataFrame:
+    """Read the embeddings, with the labels of the index."""
+    found = embeddings_of(run.config, run.evaluation)
+    labels = run.index.frame.set_index(TILE_ID)[LABEL]
+    found[LABEL] = labels.reindex(pd.MultiIndex.from_frame(found[TILE_ID])).to_numpy(object)
+    return found
+
+
+def _measure(images: pd.DataFrame, wells: pd.DataFrame) -> tuple[dict[str, float | None], dict[str, str]]:
+    """Compute every score; a set of plates may lack what one needs, and then its reason is kept."""
+    scores: dict[str, float | None] = {}
+    reasons: dict[str, str] = {}
+
+    def take(names: Mapping[str, str], measure: Callable[[], Mapping[str, float]]) -> None:
+        try:
+            found = measure()
+        except ValueError as error:
+            scores.update(dict.fromkeys(names))
+            reasons.update(dict.fromkeys(names, str(error)))
+            return
+        scores.update({name: found[key] for name, key in names.items()})
+
+    known = wells[wells[COMPOUND].notna()].reset_index(drop=True)
+    profiles, moas = _features(known), known[LABEL].notna().to_numpy()
+    take({"replicate_map_controls": "normalized_map"}, lambda: replicate_map(profiles, known, against="controls", seed=SEED))
+    take({"replicate_map": "normalized_map"}, lambda: replicate_map(profiles, known, against="compounds", seed=SEED))
+    take({"moa_map": "normalized_map"}, lambda: moa_map(profiles[moas], known[moas].reset_index(drop=True), seed=SEED))
+    labelled = images[images[LABEL].notna()]
+    mixed = {name: name for name in ("ilisi", "kbet", "silhouette_batch")}
+    batch, label = labelled["Metadata_Batch"].to_numpy(str), labelled[LABEL].to_numpy(str)
+    take(mixed, lambda: batch_mixing(_features(labelled), batch, label))
+    return scores, reasons
+
+
+def _features(frame: pd.DataFrame) -> NDArray[np.float32]:
+    """Take the (N, D) features of a table."""
+    return frame.filter(like=FEATURE).to_numpy(np.float32)

@@ -106,8 +106,10 @@ def test_a_second_run_only_looks_up(finished):
     pd.testing.assert_frame_equal(again.transfers, outcome.transfers)
     stored = pd.read_parquet(io.BytesIO(open_place(config.results).read("transfers.parquet")))
     assert stored.columns.tolist() == [
-        "source", "target", "method", "granularity", "unit", "scope", "seed", "n_images", "n_wells", "accuracy", "macro_f1",
-        "well_accuracy", "well_macro_f1", "steps", "seconds", "key",
+        "source", "target", "method", "granularity", "unit", "scope", "split", "seed", "n_images", "n_wells", "n_compounds",
+        "accuracy", "macro_f1", "well_accuracy", "well_macro_f1", "compound_accuracy", "compound_macro_f1", "accuracy_low",
+        "accuracy_high", "replicate_map_controls", "replicate_map", "moa_map", "ilisi", "kbet", "silhouette_batch", "steps",
+        "seconds", "key",
     ]  # fmt: skip
 
 
@@ -190,9 +192,7 @@ def test_a_stage_that_fails_leaves_the_others_finished(ray_cluster, tmp_path):
 
 
 def test_the_matrix_lists_every_cell_once():
-    from coda_ray.config import Matrix
-
-    matrix = Matrix(sources=["a", "b"], targets=["a", "b"], methods=["supervised", "coda"], seeds=[0, 1])
-    cells = requests_of(matrix)
+    matrix = {"sources": ["a", "b"], "targets": ["a", "b"], "methods": ["supervised", "coda"], "seeds": [0, 1]}
+    cells = requests_of(Config.model_validate({"matrix": matrix}))
     assert len(cells) == len(set(cells)) == 2 * 2 * 2 + 2 * 2 * 2
     assert Request("a", "a", "dual-cb", "plate", 1) in cells

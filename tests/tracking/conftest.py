@@ -10,6 +10,7 @@ import pytest
 
 from coda_ray.config import Place
 from coda_ray.storage import open_place
+from coda_ray.tracking.records import FEATURE_SCORES
 
 
 def write_json(results, path, value):
@@ -44,13 +45,20 @@ def transfer_record(source, target, method, seed, **changes):
         "granularity": "plate" if home else "source",
         "unit": f"{source}-P3" if home else target,
         "scope": "adapted" if home else "whole",
+        "split": "plate",
         "seed": seed,
         "n_images": 100,
         "n_wells": 10,
+        "n_compounds": 5,
         "accuracy": score,
         "macro_f1": score / 2,
         "well_accuracy": score,
         "well_macro_f1": score / 2,
+        "compound_accuracy": score,
+        "compound_macro_f1": score / 2,
+        "accuracy_low": score - 0.02,
+        "accuracy_high": score + 0.02,
+        **dict.fromkeys(FEATURE_SCORES, None if home else 0.3),
         "steps": 780 if adapted else 0,
         "seconds": 12.5,
         "key": key,

@@ -6,15 +6,15 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from coda_ray.tracking.records import TRANSFER_COLUMNS, transfers_frame
+from coda_ray.tracking.records import SCORES, TRANSFER_COLUMNS, transfers_frame
 from coda_ray.tracking.table import (
     cell_text,
     compile_transfers,
     job_matrix,
     markdown_matrix,
+    matrices,
     matrix_table,
     render_matrix,
-    select,
     shown,
 )
 
@@ -42,7 +42,7 @@ def test_compile_reads_every_record_and_writes_the_table(results):
     table = compile_transfers(results)
     assert tuple(table.columns) == TRANSFER_COLUMNS
     assert len(table) == len([n for n in results.names("transfers") if n.endswith(".json")]) == 10
-    identity = table[["source", "target", "method", "granularity", "unit", "scope", "seed"]]
+    identity = table[["source", "target", "method", "granularity", "unit", "scope", "split", "seed"]]
     assert [tuple(r) for r in identity.itertuples(index=False)] == sorted(tuple(r) for r in identity.itertuples(index=False))
     on_disk = pd.read_parquet(io.BytesIO(results.read("transfers.parquet")))
     pd.testing.assert_frame_equal(on_disk, table)
@@ -120,7 +120,8 @@ def test_results_of_two_configurations_are_not_mixed(make_transfer):
     frame = transfers_frame(rows)
     with pytest.raises(ValueError, match=r"A → B, coda, B, seed 0.*pass those of one job"):
         matrix_table(frame, "accuracy", "source")
-    assert row(select(job_matrix(frame, {"transfers": ["other"]}), "accuracy", "source"), "A", "B", "coda")["n_seeds"] == 1
+    (of_one,) = matrices(job_matrix(frame, {"transfers": ["other"]}), "accuracy")
+    assert row(of_one, "A", "B", "coda")["n_seeds"] == 1
     with pytest.raises(ValueError, match=r"metric = 'f1'"):
         matrix_table(frame, "f1", "source")
 
@@ -130,8 +131,16 @@ def test_a_jobs_matrix_has_every_granularity_that_was_adapted(make_transfer):
     rows += per_unit(make_transfer, "coda", 0, "plate", {"p1": (1, 1, 0.6, 0)})
     matrix = job_matrix(transfers_frame(rows), {"transfers": [r["key"] for r in rows]})
     assert list(matrix["granularity"].unique()) == ["source", "plate"]
-    assert matrix["metric"].nunique() == 4
-    assert len(matrix) == 4 * 2 * 2
+    assert matrix["metric"].nunique() == len(SCORES)
+    assert len(matrix) == len(SCORES) * 2 * 2
+
+
+def test_held_out_compounds_have_a_matrix_of_their_own(make_transfer):
+    rows = [make_transfer("A", "B", "coda", 0), make_transfer("A", "B", "coda", 0, split="compounds", accuracy=0.1, key="x")]
+    plate, compounds = matrices(job_matrix(transfers_frame(rows), {"transfers": [r["key"] for r in rows]}), "accuracy")
+    assert row(plate, "A", "B", "coda")["mean"] == pytest.approx(0.5)
+    assert row(compounds, "A", "B", "coda")["mean"] == pytest.approx(0.1)
+    assert "accuracy (%), compounds held out, adapted per source" in markdown_matrix(compounds)
 
 
 def test_the_tables_say_what_they_show(results):

@@ -1,0 +1,256 @@
+"""Every method of the matrix on a small tile store: what it makes, from what, and what it must never touch."""
+
+import io
+import shutil
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.preprocessing import StandardScaler
+
+from coda_ray.analysis.corrections import LinearProbe, Sphering
+from coda_ray.config import METHODS_PER_UNIT, Config, ConfigError, Method
+from coda_ray.learn.ttt import TttRecipe, adapt_each
+from coda_ray.learn.views import evaluation_view
+from coda_ray.learn.vit import tokens
+from coda_ray.pipeline import data, networks
+from coda_ray.pipeline.evaluate import embeddings_of, predictions_of
+from coda_ray.pipeline.matrix import run_transfers
+from coda_ray.pipeline.train_stages import load_model, stage_tensors
+from coda_ray.pipeline.transfer import Request, plan, stages_of, unadapted
+from coda_ray.storage import open_place
+from coda_ray.tiles.store import COMPOUND, LABEL, read_tiles
+from synthetic import small_config, write_tiles
+
+METHODS = get_args(Method)
+# Per-source DMSO tiles of the synthetic store: too few for its 16 features, hence the regularisation.
+BASELINES = {"sphering_epsilon": 0.5}
+
+
+def world(root: Path, **sections: object) -> Config:
+    config = small_config(root, **{"evaluate": {"profiles": True}, "baselines": BASELINES, **sections})
+    for source in ("a", "b"):
+        write_tiles(config, source, batches=2, plates_per_batch=2)
+    return config
+
+
+def run(config, requests):
+    return run_transfers(config, requests, kind="adapt", name="test", command="test", say=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, tmp_path_factory):
+    config = world(tmp_path_factory.mktemp("methods"))
+    requests = [Request("a", "b", method, "source", 0) for method in METHODS]
+    requests += [Request("a", "b", method, "batch", 0) for method in ("sphering", "harmony", "tent", "oda-mae")]
+    return config, run(config, requests)
+
+
+def planned(config, method, granularity="source"):
+    return plan(config, Request("a", "b", method, granularity, 0))
+
+
+def test_every_method_has_its_row_beside_the_model_it_starts_from(finished):
+    config, outcome = finished
+    rows = outcome.transfers
+    whole = rows[(rows["granularity"] == "source") & (rows["scope"] == "whole")]
+    assert set(whole["method"]) == set(METHODS)
+    assert whole["accuracy"].between(0, 1).all()
+    assert (whole["accuracy_low"] <= whole["accuracy"]).all()
+    assert (whole["accuracy"] <= whole["accuracy_high"]).all()
+    assert {unadapted(config, method) for method in METHODS} == {"supervised", "dual-mae", "dual-dino", "dual-cb"}
+    trained = whole.set_index("method")["steps"]
+    assert (trained[["oda", "coda", "oda-mae"]] == 4).all()
+    assert trained["tent"] == 2
+    assert not trained.drop(["oda", "coda", "oda-mae", "tent"]).any()
+
+
+def test_units_are_scored_on_themselves_and_on_the_whole_where_a_method_can(finished):
+    _, outcome = finished
+    rows = outcome.transfers[outcome.transfers["granularity"] == "batch"]
+    found = {(method, scope) for method, scope in zip(rows["method"], rows["scope"], strict=True)}
+    assert {(m, "adapted") for m in ("sphering", "harmony", "tent", "oda-mae", "dual-cb", "dual-mae")} <= found
+    assert {(m, "whole") for m in ("sphering", "tent", "oda-mae")} <= found
+    assert ("harmony", "whole") not in found
+    assert (rows.loc[rows["scope"] == "adapted", "n_images"] == 24).all()
+
+
+@pytest.mark.parametrize("method", ["probe", "standardise", "sphering"])
+def test_a_correction_is_what_one_does_by_hand(finished, method):
+    config, _ = finished
+    stage = planned(config, method)[-1].evaluation
+    source, target = stage.needs
+    known, wanted = embeddings_of(config, source), embeddings_of(config, target)
+    ours, theirs = (frame.filter(like="feature_").to_numpy(np.float64) for frame in (known, wanted))
+    if method == "standardise":
+        for frame, rows in ((known, ours), (wanted, theirs)):
+            for plate in frame["Metadata_Plate"].unique():
+                inside = (frame["Metadata_Plate"] == plate).to_numpy()
+                rows[inside] = StandardScaler().fit_transform(rows[inside])
+    if method == "sphering":
+        ours, theirs = (
+            Sphering.fit(rows[(frame[COMPOUND] == "DMSO").to_numpy()], regularisation=0.5).transform(rows)
+            for frame, rows in ((known, ours), (wanted, theirs))
+        )
+    index = data.training_tiles(config, "a")
+    truth = known.merge(index.frame[["Metadata_Plate", "Metadata_Well", "Metadata_Site", LABEL]], how="left")[LABEL]
+    classes = sorted(truth.dropna().unique())
+    codes = pd.Categorical(truth, categories=classes).codes
+    probe = LinearProbe.fit(ours[codes >= 0], codes[codes >= 0].astype(np.int64), len(classes))
+    found = predictions_of(config, stage).filter(like="probability_").to_numpy()
+    np.testing.assert_allclose(found, probe.probabilities(theirs), atol=2e-3)
+
+
+def test_test_time_training_is_one_image_at_a_time(finished):
+    config, _ = finished
+    stage = planned(config, "ttt")[-1].evaluation
+    classifier, autoencoder = stage.needs
+    index = data.load_tiles(config, "b")
+    model = load_model(config, classifier, None, 2).eval()
+    learner = networks.mae_objective(networks.unfilled(config), channels=2, seed=0)
+    learner.warm_start(stage_tensors(config, autoencoder))
+    rows = np.array([3, 17, 30])
+    views = evaluation_view(torch.from_numpy(np.stack(read_tiles(index, rows, 32))), 24)
+    alone = [
+        adapt_each(
+            learner.network,
+            views[[i]],
+            rows[[i]],
+            seed=0,
+            recipe=TttRecipe(**config.ttt.model_dump(exclude={"images_at_once"})),
+            images_at_once=1,
+            readout=lambda encoder, view: model.classify(tokens(encoder, view)).softmax(1),
+        )
+        for i in range(3)
+    ]
+    found = predictions_of(config, stage).filter(like="probability_").to_numpy()[rows]
+    np.testing.assert_allclose(found, torch.cat(alone).numpy(), atol=1e-5)
+    plain = predictions_of(config, planned(config, "dual-mae")[0].evaluation).filter(like="probability_").to_numpy()[rows]
+    assert np.abs(found - plain).max() > 1e-6
+
+
+def test_tent_moves_nothing_but_norms(finished):
+    config, _ = finished
+    trained = planned(config, "tent")[-1].trained
+    before, after = stage_tensors(config, trained.needs[0]), stage_tensors(config, trained)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all("norm" in name for name in moved)
+    assert any(name.startswith("model.extractor.") for name in moved)
+    assert any(name.startswith("model.classifier.") for name in moved)
+
+
+@pytest.mark.parametrize("method", ["oda", "coda", "oda-mae"])
+def test_adaptation_leaves_classifier_and_projector_as_they_are(finished, method):
+    config, _ = finished
+    transfer = planned(config, method)[-1]
+    classifier = transfer.evaluation.needs[0]
+    before, after = (load_model(config, classifier, stage, 2).state_dict() for stage in (None, transfer.trained))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith("extractor.") for name in moved)
+
+
+@pytest.mark.parametrize("method", ["oda", "coda", "oda-mae", "tent"])
+def test_no_source_tile_is_read_while_adapting(finished, method, tmp_path):
+    config, _ = finished
+    copies = {name: {"address": str(tmp_path / name)} for name in ("tiles", "results")}
+    for name in copies:
+        shutil.copytree(getattr(config, name).address, tmp_path / name)
+    elsewhere = Config.model_validate({**config.model_dump(mode="json"), **copies})
+    stage = planned(elsewhere, method)[-1].trained
+    shards = [path for path in (tmp_path / "tiles").rglob("shard-*.npy") if "/a/" in path.as_posix()]
+    assert shards
+    for shard in shards:
+        shard.unlink()
+    shutil.rmtree(tmp_path / "results" / stage.path)
+    assert stage.run(elsewhere, None)["replaced_tiles"] == 0
+    again, first = stage_tensors(elsewhere, stage), stage_tensors(config, stage)
+    assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_noise_for_the_targets_labels_changes_no_stage_but_the_profiles(finished, monkeypatch):
+    config, _ = finished
+    requests = [Request("a", "b", m, "source", 0, split) for m in METHODS for split in ("plate", "compounds")]
+
+    def keys():
+        transfers = [transfer for request in requests for transfer in plan(config, request)]
+        return {stage.key for stage in stages_of(transfers) if stage.kind != "profile"}, {t.key for t in transfers}
+
+    true = data.load_tiles
+    stages, transfers = keys()
+
+    def noisy(config, source):
+        index = true(config, source)
+        rng = np.random.default_rng(0)
+        shuffled = {LABEL: rng.permutation(index.frame[LABEL])} if source == "b" else {}
+        return type(index)(index.frame.assign(**shuffled), index.folder, index.channels)
+
+    monkeypatch.setattr(data, "load_tiles", noisy)
+    with_noise, scored_otherwise = keys()
+    assert with_noise == stages
+    assert scored_otherwise.isdisjoint(transfers)
+
+
+def test_profiles_are_the_means_of_wells(finished):
+    config, outcome = finished
+    transfer = planned(config, "coda")[-1]
+    results = open_place(config.results)
+    profiles = pd.read_parquet(io.BytesIO(results.read(f"{transfer.profile.path}/profiles.parquet")))
+    images = embeddings_of(config, transfer.evaluation)
+    assert len(profiles) == 4 * 7
+    assert (profiles["Metadata_Image_Count"] == 2).all()
+    assert "Metadata_Site" not in profiles
+    one = profiles.iloc[5]
+    mine = images[(images["Metadata_Plate"] == one["Metadata_Plate"]) & (images["Metadata_Well"] == one["Metadata_Well"])]
+    features = [name for name in profiles if name.startswith("feature_")]
+    np.testing.assert_allclose(one[features].to_numpy(float), mine[features].mean().to_numpy(), rtol=1e-5)
+    row = outcome.transfers[outcome.transfers["key"] == transfer.key].iloc[0]
+    assert -1 <= row["replicate_map"] <= 1
+    assert -1 <= row["moa_map"] <= 1
+    facts = transfer.profile.facts(results)
+    assert "30 images" in facts["not_measured"]["ilisi"]
+    assert np.isnan(row["ilisi"])
+
+
+def test_held_out_compounds_are_scored_and_nowhere_else(ray_cluster, tmp_path):
+    config = world(tmp_path, split="compounds", evaluate={"profiles": False})
+    held = data.held_out_compounds(config, "a")
+    assert len(held) == 3
+    assert len({name[1] for name in held}) == 3
+    assert not set(held) & set(data.training_tiles(config, "a").frame[COMPOUND])
+    assert not set(held) & set(data.labelled_held_out(config, "a").frame[COMPOUND])
+    adapted = data.adaptation_tiles(config, "a", "b", "source", "b")
+    assert not set(held) & set(adapted.pool.frame[COMPOUND])
+    assert "DMSO" in set(adapted.pool.frame[COMPOUND])
+    requests = [Request("a", "b", "coda", "source", 0, "compounds"), Request("a", "a", "dual-cb", "plate", 0, "compounds")]
+    rows = run(config, requests).transfers
+    assert set(rows["split"]) == {"compounds"}
+    assert set(rows["n_compounds"]) == {3}
+    assert rows.set_index(["target", "method"])["n_images"].to_dict() == {
+        ("b", "dual-cb"): 24, ("b", "coda"): 24, ("a", "dual-cb"): 6,
+    }  # fmt: skip
+    keys = {stage.key for request in requests for stage in stages_of(plan(config, request))}
+    plate = [Request(*vars(request).values()) for request in requests]
+    others = [stage for request in plate for stage in stages_of(plan(config, Request(*list(vars(request).values())[:5])))]
+    assert keys.isdisjoint({stage.key for stage in others if stage.kind != "evaluate"})
+
+
+def test_sphering_without_controls_is_told(finished, tmp_path, monkeypatch):
+    config, _ = finished
+    stage = planned(config, "sphering")[-1].evaluation
+    from coda_ray.pipeline import correct
+
+    without = embeddings_of(config, stage.needs[1]).assign(Metadata_Control=None)
+    monkeypatch.setattr(correct, "embeddings_of", lambda config, stage: without)
+    elsewhere = Config.model_validate({**config.model_dump(mode="json"), "results": {"address": str(tmp_path)}})
+    with pytest.raises(ConfigError, match=r"no tile has Metadata_Control = negcon.*leave the method out"):
+        stage.run(elsewhere, None)
+
+
+def test_methods_are_told_apart_by_whether_they_fit_a_unit():
+    assert set(METHODS) >= METHODS_PER_UNIT
+    assert {"supervised", "dual-cb", "ttt", "standardise", "probe"}.isdisjoint(METHODS_PER_UNIT)

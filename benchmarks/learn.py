@@ -48,11 +48,11 @@ class Sizes:
 
 ARCHITECTURES = {
     "deit-s": Sizes(
-        VitSpec("deit_small_patch16_224", None, 3), ViewRecipe(448, 224, 96, 6, 0.5, 0.5, 0.005), 540, 2048, 256, 4096
+        VitSpec("deit_small_patch16_224", None, 3), ViewRecipe("crop", 448, 224, 96, 6, 0.5, 0.5, 0.005), 540, 2048, 256, 4096
     ),
     "small": Sizes(
         VitSpec("vit", 64, 3, patch=8, width=128, depth=4, heads=4),
-        ViewRecipe(96, 64, 32, 6, 0.5, 0.5, 0.005),
+        ViewRecipe("crop", 96, 64, 32, 6, 0.5, 0.5, 0.005),
         96,
         512,
         64,

@@ -247,8 +247,10 @@ class Model(Section):
 
 
 class Views(Section):
-    """Views cut from tiles, in the order of the released CODA configuration."""
+    """Views cut from tiles, in the order of the released CODA configuration, or DINO's own."""
 
+    kind: Literal["crop", "resized"] = "crop"
+    """Random crops without rescaling (CODA), or resized ones with colour jitter, blur and solarisation (DINO)."""
     tile_crop: int = Field(448, ge=8)
     """Centre crop of the tile before any view (px)."""
     size_global: int = Field(224, ge=8)
@@ -260,7 +262,7 @@ class Views(Section):
     flip_probability: float = Field(0.5, ge=0, le=1)
     """Probability of each of the vertical and the horizontal flip."""
     jitter_probability: float = Field(0.5, ge=0, le=1)
-    """Probability of the intensity jitter, on global views only."""
+    """Probability of the intensity jitter, on global views of kind crop only."""
     jitter_std: float = Field(0.005, ge=0)
     """Standard deviation of the jitter's offset and exponent."""
 

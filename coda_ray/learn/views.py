@@ -1,18 +1,22 @@
 """Views of tiles, cut on the training device: all of one size at once, each a function of (seed, sample).
 
 Order per view, as in the released CODA configuration: centre crop of the tile, random crop without rescaling,
-vertical and horizontal flip, intensity jitter (global views only), self-normalisation.
+vertical and horizontal flip, intensity jitter (global views only), self-normalisation. The other recipe, DINO's
+own, is in `resized_views`; it too starts from the centre crop and ends with self-normalisation.
 """
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from coda_ray.learn.resized_views import GLOBAL_CHANCES, LONE_CHANCES, Chances, cut_resized, draw_resized, local_chances
 from coda_ray.tiles.draws import uniforms
 
+Kind = Literal["crop", "resized"]
 GLOBAL_STREAM = 101
 LOCAL_STREAM = 102
 
@@ -23,6 +27,9 @@ class ViewRecipe:
 
     Parameters
     ----------
+    kind
+        `crop`: random crops without rescaling (CODA). `resized`: crops of random area and shape, resized, with
+        colour jitter, blur and solarisation (DINO).
     tile_crop
         Side of the centre crop of the tile that views come from (px).
     size_global, size_local
@@ -32,12 +39,13 @@ class ViewRecipe:
     flip_probability
         Of each of the vertical and the horizontal flip.
     jitter_probability
-        Of the intensity jitter, on global views.
+        Of the intensity jitter, on global views of kind `crop`.
     jitter_std
         Standard deviation of the jitter's offset per channel and of its exponent, on intensities in [0, 1];
         the exponent stays within one standard deviation of 1.
     """
 
+    kind: Kind
     tile_crop: int
     size_global: int
     size_local: int
@@ -47,7 +55,9 @@ class ViewRecipe:
     jitter_std: float
 
     def __post_init__(self) -> None:
-        """Check that views fit into the crop."""
+        """Check the kind, and that views fit into the crop."""
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"views.kind = {self.kind!r}: choose {' or '.join(get_args(Kind))}")
         for name in ("size_global", "size_local"):
             if not 0 < getattr(self, name) <= self.tile_crop:
                 raise ValueError(f"views.{name} = {getattr(self, name)}: must be 1 to views.tile_crop = {self.tile_crop}")
@@ -215,32 +225,15 @@ def dino_views(
         raise ValueError(f"partners are {tuple(partners.shape)}, tiles {tuple(tiles.shape)}; the shapes must be equal")
     if partners is not None and recipe.locals_per_sample % 2:
         raise ValueError(f"views.locals_per_sample = {recipe.locals_per_sample}: pairs need an even number")
-    shape = _shape(tiles)
-    draws_global = draw_views(
-        seed,
-        samples,
-        stream=GLOBAL_STREAM,
-        n_views=2,
-        size=recipe.size_global,
-        tile_shape=shape,
-        recipe=recipe,
-        jitter=True,
+    chances = local_chances(recipe.locals_per_sample)
+    return (
+        _group(tiles, partners, seed, samples, recipe, GLOBAL_STREAM, GLOBAL_CHANCES),
+        _group(tiles, partners, seed, samples, recipe, LOCAL_STREAM, chances),
     )
-    draws_local = draw_views(
-        seed,
-        samples,
-        stream=LOCAL_STREAM,
-        n_views=recipe.locals_per_sample,
-        size=recipe.size_local,
-        tile_shape=shape,
-        recipe=recipe,
-        jitter=False,
-    )
-    return cut(tiles, draws_global, partners), cut(tiles, draws_local, partners)
 
 
 def supervised_view(tiles: Tensor, *, seed: int, samples: NDArray[np.int64], recipe: ViewRecipe) -> Tensor:
-    """Cut one training view per tile: the chain of a global view.
+    """Cut one training view per tile: the chain of a global view, of kind `resized` without blur and solarisation.
 
     Parameters
     ----------
@@ -263,17 +256,7 @@ def supervised_view(tiles: Tensor, *, seed: int, samples: NDArray[np.int64], rec
     ValueError
         When a tile is smaller than the recipe's centre crop.
     """
-    draws = draw_views(
-        seed,
-        samples,
-        stream=GLOBAL_STREAM,
-        n_views=1,
-        size=recipe.size_global,
-        tile_shape=_shape(tiles),
-        recipe=recipe,
-        jitter=True,
-    )
-    return cut(tiles, draws)
+    return _group(tiles, None, seed, samples, recipe, GLOBAL_STREAM, LONE_CHANCES)
 
 
 def evaluation_view(tiles: Tensor, size: int) -> Tensor:
@@ -298,6 +281,45 @@ def evaluation_view(tiles: Tensor, size: int) -> Tensor:
     """
     top, left = _centre(_shape(tiles), size, "views.size_global")
     return _finish(tiles[:, :, top : top + size, left : left + size], None)
+
+
+def _group(
+    tiles: Tensor,
+    partners: Tensor | None,
+    seed: int,
+    samples: NDArray[np.int64],
+    recipe: ViewRecipe,
+    stream: int,
+    chances: Chances,
+) -> Tensor:
+    """Cut the global or the local views, as many as `chances` has, by the recipe's kind."""
+    size = recipe.size_global if stream == GLOBAL_STREAM else recipe.size_local
+    shape = _shape(tiles)
+    if recipe.kind == "resized":
+        draws_resized = draw_resized(
+            seed,
+            samples,
+            stream=stream,
+            chances=chances,
+            size=size,
+            side=recipe.tile_crop,
+            channels=shape[0],
+            flip_probability=recipe.flip_probability,
+        )
+        top, left = _centre(shape, recipe.tile_crop, "views.tile_crop")
+        centre = (..., slice(top, top + recipe.tile_crop), slice(left, left + recipe.tile_crop))
+        return _normalise(cut_resized(tiles[centre], draws_resized, None if partners is None else partners[centre]))
+    draws = draw_views(
+        seed,
+        samples,
+        stream=stream,
+        n_views=len(chances.blur),
+        size=size,
+        tile_shape=shape,
+        recipe=recipe,
+        jitter=stream == GLOBAL_STREAM,
+    )
+    return cut(tiles, draws, partners)
 
 
 def _shape(tiles: Tensor) -> tuple[int, int, int]:
@@ -347,8 +369,6 @@ def _gather(tiles: Tensor, draws: ViewDraws, views: slice) -> Tensor:
 def _finish(crops: Tensor, jitter: Jitter | None) -> Tensor:
     """Turn uint8 crops (N, C, S, S) into jittered, self-normalised float32."""
     images = crops.float().div_(255.0)
-    if not len(images):  # a recipe without local views
-        return images
     if jitter is not None:
         # The draws are on the host, so choosing the jittered half costs no synchronisation.
         on = jitter.on.flatten().nonzero()[:, 0]
@@ -357,5 +377,12 @@ def _finish(crops: Tensor, jitter: Jitter | None) -> Tensor:
         exponent = jitter.exponent.flatten()[on].to(images.device, non_blocking=True)
         shifted = (images[where] + offset[:, :, None, None]).clamp_(0.0, 1.0)
         images[where] = shifted.pow_(exponent[:, None, None, None]).clamp_(0.0, 1.0)
+    return _normalise(images)
+
+
+def _normalise(images: Tensor) -> Tensor:
+    """Self-normalise every channel of float images (N, C, S, S), in place."""
+    if not len(images):  # a recipe without local views
+        return images
     std, mean = torch.std_mean(images, dim=(-2, -1), correction=0, keepdim=True)
     return images.sub_(mean).div_(std.add_(1e-6))

@@ -16,6 +16,7 @@ from coda_ray.tiles.draws import uniforms
 SPEC = VitSpec(name="vit", image_size=32, channels=3, patch=8, width=24, depth=2, heads=2)
 DECODER = DecoderSpec(width=16, depth=2, heads=2)
 RECIPE = ViewRecipe(
+    kind="crop",
     tile_crop=40,
     size_global=32,
     size_local=16,

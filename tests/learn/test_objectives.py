@@ -23,6 +23,7 @@ from coda_ray.learn.vit import VitSpec, build_vit
 
 SPEC = VitSpec(name="vit", image_size=16, channels=3, patch=8, width=16, depth=2, heads=2)
 RECIPE = ViewRecipe(
+    kind="crop",
     tile_crop=24,
     size_global=16,
     size_local=8,

@@ -23,6 +23,7 @@ from coda_ray.learn.views import (
 from coda_ray.tiles.draws import uniforms
 
 RECIPE = ViewRecipe(
+    kind="crop",
     tile_crop=40,
     size_global=24,
     size_local=12,

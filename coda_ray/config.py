@@ -399,7 +399,7 @@ class Adapt(Optimisation):
 
 
 class Ttt(Section):
-    """Test-time training, one image at a time by SGD (Gandelsman et al., NeurIPS 2022, whose settings these are)."""
+    """Test-time training, one image at a time by SGD (Gandelsman et al., NeurIPS 2022, as their code was released)."""
 
     steps: int = Field(20, ge=1)
     """Optimisation steps per image."""
@@ -409,8 +409,8 @@ class Ttt(Section):
     """Learning rate."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum."""
-    weight_decay: float = Field(0.2, ge=0)
-    """Weight decay, on every parameter."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Weight decay, on every parameter (the paper states 0.2, the released code has none)."""
     images_at_once: int = Field(8, ge=1)
     """Images adapted side by side, each with its own weights; changes memory and speed, not the result."""
 

@@ -22,8 +22,8 @@ TTT_STREAM = 1000
 class TttRecipe:
     """How long and how fast one image is learnt.
 
-    The defaults are those of Gandelsman et al. (NeurIPS 2022, appendix); the code that they released leaves
-    the weight decay out and trains the encoder alone.
+    The defaults are those of the code that Gandelsman et al. released; their paper (NeurIPS 2022, appendix)
+    states a weight decay of 0.2.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class TttRecipe:
     masks: int = 128
     lr: float = 5e-3
     momentum: float = 0.9
-    weight_decay: float = 0.2
+    weight_decay: float = 0.0
 
 
 def adapt_each(

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -20,7 +21,7 @@ from coda_ray.pipeline import data, networks
 from coda_ray.pipeline.evaluate import embeddings_of, predictions_of
 from coda_ray.pipeline.matrix import run_transfers
 from coda_ray.pipeline.train_stages import load_model, stage_tensors
-from coda_ray.pipeline.transfer import Request, plan, stages_of, unadapted
+from coda_ray.pipeline.transfer import Request, plan, score, stages_of, unadapted
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import COMPOUND, LABEL, read_tiles
 from synthetic import small_config, write_tiles
@@ -31,7 +32,7 @@ BASELINES = {"sphering_epsilon": 0.5}
 
 
 def world(root: Path, **sections: object) -> Config:
-    config = small_config(root, **{"evaluate": {"profiles": True}, "baselines": BASELINES, **sections})
+    config = small_config(root, **{"baselines": BASELINES, **sections})
     for source in ("a", "b"):
         write_tiles(config, source, batches=2, plates_per_batch=2)
     return config
@@ -84,7 +85,7 @@ def test_a_correction_is_what_one_does_by_hand(finished, method):
     stage = planned(config, method)[-1].evaluation
     source, target = stage.needs
     known, wanted = embeddings_of(config, source), embeddings_of(config, target)
-    ours, theirs = (frame.filter(like="feature_").to_numpy(np.float64) for frame in (known, wanted))
+    ours, theirs = (frame.filter(like="feature_").to_numpy(np.float64, copy=True) for frame in (known, wanted))
     if method == "standardise":
         for frame, rows in ((known, ours), (wanted, theirs)):
             for plate in frame["Metadata_Plate"].unique():
@@ -196,9 +197,11 @@ def test_noise_for_the_targets_labels_changes_no_stage_but_the_profiles(finished
 
 
 def test_profiles_are_the_means_of_wells(finished):
-    config, outcome = finished
+    plain, _ = finished
+    config = plain.model_copy(update={"evaluate": plain.evaluate.model_copy(update={"profiles": True})})
     transfer = planned(config, "coda")[-1]
     results = open_place(config.results)
+    transfer.profile.run(config, None)
     profiles = pd.read_parquet(io.BytesIO(results.read(f"{transfer.profile.path}/profiles.parquet")))
     images = embeddings_of(config, transfer.evaluation)
     assert len(profiles) == 4 * 7
@@ -208,16 +211,16 @@ def test_profiles_are_the_means_of_wells(finished):
     mine = images[(images["Metadata_Plate"] == one["Metadata_Plate"]) & (images["Metadata_Well"] == one["Metadata_Well"])]
     features = [name for name in profiles if name.startswith("feature_")]
     np.testing.assert_allclose(one[features].to_numpy(float), mine[features].mean().to_numpy(), rtol=1e-5)
-    row = outcome.transfers[outcome.transfers["key"] == transfer.key].iloc[0]
+    (row,) = score(config, results, [transfer])
     assert -1 <= row["replicate_map"] <= 1
     assert -1 <= row["moa_map"] <= 1
     facts = transfer.profile.facts(results)
     assert "30 images" in facts["not_measured"]["ilisi"]
-    assert np.isnan(row["ilisi"])
+    assert row["ilisi"] is None
 
 
 def test_held_out_compounds_are_scored_and_nowhere_else(ray_cluster, tmp_path):
-    config = world(tmp_path, split="compounds", evaluate={"profiles": False})
+    config = world(tmp_path, split="compounds")
     held = data.held_out_compounds(config, "a")
     assert len(held) == 3
     assert len({name[1] for name in held}) == 3
@@ -234,9 +237,8 @@ def test_held_out_compounds_are_scored_and_nowhere_else(ray_cluster, tmp_path):
         ("b", "dual-cb"): 24, ("b", "coda"): 24, ("a", "dual-cb"): 6,
     }  # fmt: skip
     keys = {stage.key for request in requests for stage in stages_of(plan(config, request))}
-    plate = [Request(*vars(request).values()) for request in requests]
-    others = [stage for request in plate for stage in stages_of(plan(config, Request(*list(vars(request).values())[:5])))]
-    assert keys.isdisjoint({stage.key for stage in others if stage.kind != "evaluate"})
+    of_plates = [replace(request, split="plate") for request in requests]
+    assert keys.isdisjoint({stage.key for request in of_plates for stage in stages_of(plan(config, request))})
 
 
 def test_sphering_without_controls_is_told(finished, tmp_path, monkeypatch):

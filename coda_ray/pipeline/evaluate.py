@@ -23,7 +23,7 @@ from coda_ray.learn.dual import DualModel
 from coda_ray.learn.precision import choose_precision
 from coda_ray.learn.supervised import SupervisedModel
 from coda_ray.pipeline import networks
-from coda_ray.pipeline.stage import Stage
+from coda_ray.pipeline.stage import Stage, Workload
 from coda_ray.pipeline.train_stages import Made, stage_tensors, teacher_of
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, table_bytes
@@ -65,7 +65,16 @@ def evaluate(config: Config, index: TileIndex, what: str, classifier: Stage, ada
     inputs = {"tiles": tiles.fingerprint, "views": config.views.model_dump(mode="json"), "precision": config.train.precision}
     title = f"evaluate {(adapted or classifier).title} on {what}"
     needs = (classifier, adapted) if adapted else (classifier,)
-    return Stage("evaluate", title, inputs, partial(_make, config, tiles, title, classifier, adapted), needs)
+    workload = Workload(
+        "inference",
+        source=tiles.units("source")[0],
+        plates=len(tiles.units("plate")),
+        tiles=len(tiles),
+        steps=-(-len(tiles) // config.evaluate.minibatch),
+        minibatch=config.evaluate.minibatch,
+        samples=len(tiles),
+    )
+    return Stage("evaluate", title, inputs, partial(_make, config, tiles, title, classifier, adapted), needs, workload)
 
 
 def predictions_of(config: Config, stage: Stage) -> pd.DataFrame:

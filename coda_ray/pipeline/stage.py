@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from coda_ray.config import Config
 from coda_ray.storage import Folder, open_place
@@ -14,6 +14,36 @@ from coda_ray.training.loop import Report
 
 # Part of every key: raise it when a change of code changes results.
 RECIPE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How much a stage has to do; it decides nothing about the result.
+
+    Parameters
+    ----------
+    rate
+        The kind of work: which field of `estimate`, without its `_per_s`, says how fast it goes.
+    source
+        Source of the tiles.
+    plates, tiles
+        How many of them.
+    steps, minibatch
+        Optimisation steps or forward passes, and samples in each.
+    samples
+        Samples in all.
+    tiles_per_sample
+        2 where a sample is a pair.
+    """
+
+    rate: Literal["dino", "supervised", "inference"]
+    source: str
+    plates: int
+    tiles: int
+    steps: int
+    minibatch: int
+    samples: int
+    tiles_per_sample: int = 1
 
 
 @dataclass(frozen=True)
@@ -32,6 +62,8 @@ class Stage:
         Stages whose results this one reads.
     make
         Given the stage's folder and where to report, returns the worker loop and its description.
+    workload
+        How much it has to do, for the dry run; None where that was not counted.
     """
 
     kind: str
@@ -41,6 +73,7 @@ class Stage:
         compare=False, repr=False
     )
     needs: tuple["Stage", ...] = ()
+    workload: Workload | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def key(self) -> str:

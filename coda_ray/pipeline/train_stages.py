@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from coda_ray.learn.precision import Precision
 from coda_ray.learn.supervised import SupervisedModel
 from coda_ray.learn.vit import tokens
 from coda_ray.pipeline import data, networks
-from coda_ray.pipeline.stage import Stage
+from coda_ray.pipeline.stage import Stage, Workload
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.plan import SamplePlan
 from coda_ray.tiles.reader import TileSource
@@ -63,7 +63,9 @@ def pretrain(config: Config, source: str, *, cross_batch: bool, seed: int) -> St
     title = f"pretrain {'dino-cb' if cross_batch else 'dino'} on {source}, seed {seed}"
     epoch = len(tiles.anchors) // config.pretrain.minibatch
     build = partial(_dino_work, config, tiles, config.pretrain, epoch, seed, cross_batch, None, source)
-    return Stage("pretrain", title, inputs, partial(_make, config, config.pretrain, epoch, seed, title, build, note))
+    make = partial(_make, config, config.pretrain, epoch, seed, title, build, note)
+    workload = _workload("dino", tiles.anchored(), config.pretrain, epoch, pairs=cross_batch)
+    return Stage("pretrain", title, inputs, make, workload=workload)
 
 
 def classify(config: Config, source: str, *, seed: int, extractor: Stage | None) -> Stage:
@@ -95,7 +97,8 @@ def classify(config: Config, source: str, *, seed: int, extractor: Stage | None)
     epoch = len(index) // config.classify.minibatch
     build = partial(_classify_work, config, source, index.fingerprint, classes, seed, extractor)
     make = partial(_make, config, config.classify, epoch, seed, title, build, None)
-    return Stage("classify", title, inputs, make, (extractor,) if extractor else ())
+    workload = _workload("supervised", index, config.classify, epoch)
+    return Stage("classify", title, inputs, make, (extractor,) if extractor else (), workload)
 
 
 def adapt(config: Config, pretrained: Stage, target: str, *, granularity: Granularity, unit: str, seed: int) -> Stage:
@@ -128,7 +131,8 @@ def adapt(config: Config, pretrained: Stage, target: str, *, granularity: Granul
     epoch = len(data.load_tiles(config, target)) // config.adapt.minibatch
     build = partial(_dino_work, config, tiles, optimisation, epoch, seed, cross_batch, pretrained, None)
     make = partial(_make, config, optimisation, epoch, seed, title, build, note)
-    return Stage("adapt", title, inputs, make, (pretrained,))
+    workload = _workload("dino", tiles.anchored(), optimisation, epoch, pairs=cross_batch)
+    return Stage("adapt", title, inputs, make, (pretrained,), workload)
 
 
 def stage_tensors(config: Config, stage: Stage) -> dict[str, torch.Tensor]:
@@ -169,6 +173,28 @@ def _sha256(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _steps(optimisation: Optimisation, epoch: int) -> int:
+    """Length of a training stage; `epoch` is what `N epochs` count, in steps."""
+    return max(1, steps_of(optimisation.steps, max(1, epoch)))
+
+
+def _workload(
+    rate: Literal["dino", "supervised"], index: TileIndex, optimisation: Optimisation, epoch: int, *, pairs: bool = False
+) -> Workload:
+    """Count what a training stage has to do."""
+    steps = _steps(optimisation, epoch)
+    return Workload(
+        rate,
+        source=index.units("source")[0],
+        plates=len(index.units("plate")),
+        tiles=len(index),
+        steps=steps,
+        minibatch=optimisation.minibatch,
+        samples=steps * optimisation.minibatch,
+        tiles_per_sample=2 if pairs else 1,
+    )
+
+
 def _make(
     config: Config,
     optimisation: Optimisation,
@@ -187,7 +213,7 @@ def _make(
         title=title,
         folder=folder,
         seed=seed,
-        steps=max(1, steps_of(optimisation.steps, max(1, epoch))),
+        steps=_steps(optimisation, epoch),
         warmup=steps_of(optimisation.warmup, max(1, epoch)),
         optimisation=optimisation,
         train=config.train,

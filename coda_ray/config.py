@@ -517,6 +517,28 @@ class Matrix(Section):
     """Seeds; the matrix shows mean and standard deviation over them."""
 
 
+class Estimate(Section):
+    """What a dry run of the matrix counts with while the truth is not known; no result depends on it."""
+
+    sites_per_well: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Fields of view per well of each source (source=number), for plates that are not ingested yet."""
+    image_px: dict[str, tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]] = {}
+    """Height and width (px) of each source's raw images (source=[height,width]), for plates that are not ingested yet."""
+    dino_per_s: float | None = Field(None, gt=0)
+    """Samples per second (all views of one image, or of one pair) that one GPU trains DINO on, until a finished stage of the
+    same matrix tells. Unset, and nothing finished: no GPU hours."""
+    mae_per_s: float | None = Field(None, gt=0)
+    """The same for the masked autoencoder."""
+    supervised_per_s: float | None = Field(None, gt=0)
+    """The same for labelled training; a dual model's is the slower one."""
+    tent_per_s: float | None = Field(None, gt=0)
+    """The same for tent."""
+    inference_per_s: float | None = Field(None, gt=0)
+    """Tiles per second that one GPU predicts and embeds."""
+    ttt_per_s: float | None = Field(None, gt=0)
+    """Tiles per second that one GPU adapts to, one by one, by test-time training."""
+
+
 class Config(Section):
     """Everything that decides a result, and where things are."""
 
@@ -567,6 +589,8 @@ class Config(Section):
     """MLflow."""
     matrix: Matrix = Matrix()
     """The result matrix."""
+    estimate: Estimate = Estimate()
+    """Dry run."""
 
     @model_validator(mode="after")
     def _views_are_whole_patches(self) -> Self:

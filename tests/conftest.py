@@ -1,6 +1,7 @@
 """What tests of several rooms share: one Ray for the session, and simulated buckets behind a real S3 server."""
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,35 @@ KEY = ("coda-ray-test-key-0001", "coda-ray-test-secret-0001")
 os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"] = KEY
 os.environ.pop("AWS_SESSION_TOKEN", None)
 os.environ.pop("RAY_ADDRESS", None)
+
+
+JUMP_METADATA = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "jump-metadata"
+JUMP_TABLES = {
+    "plate.csv.gz": "plate.csv.gz",
+    "target2_wells_8sources.csv.gz": "well.csv.gz",
+    "perturbation_control.csv": "perturbation_control.csv",
+    "microscope_config.csv": "microscope_config.csv",
+    "JUMP-Target-2_compound_platemap.tsv": "JUMP-Target-2_compound_platemap.tsv",
+    "JUMP-Target-2_compound_metadata.tsv": "JUMP-Target-2_compound_metadata.tsv",
+    "repurposing_drugs_20200324.txt": "repurposing_drugs_20200324.txt",
+    "repurposing_samples_20200324.txt.gz": "repurposing_samples_20200324.txt.gz",
+}
+
+
+@pytest.fixture(scope="session")
+def jump_metadata(tmp_path_factory):
+    """A folder of the real tables under the names that the repository of JUMP gives them."""
+    import pandas as pd
+
+    if not JUMP_METADATA.exists():
+        pytest.skip(f"{JUMP_METADATA} is not there")
+    folder = tmp_path_factory.mktemp("metadata")
+    for name, copy in JUMP_TABLES.items():
+        shutil.copy(JUMP_METADATA / name, folder / copy)
+    compounds = pd.read_csv(JUMP_METADATA / "target2_compounds_jcp.csv", dtype="str")
+    compounds = compounds.rename(columns={"InChIKey": "Metadata_InChIKey"})
+    compounds.to_csv(folder / "compound.csv.gz", index=False)
+    return folder
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ray.exceptions import RayTaskError
 from coda_ray.config import Config, Ingest
 from coda_ray.jump.layout import METADATA, PlateName, find_image_list, map_address, parse_image_list
 from coda_ray.jump.plates import IlluminationFunctions, PlateFacts, measure_plate
-from coda_ray.jump.prepare import BadImageError, correct, preparation_of, read_image, stretch, tile_shape
+from coda_ray.jump.prepare import BadImageError, correct, preparation_of, read_image, reduction, stretch, tile_shape
 from coda_ray.jump.tables import ANNOTATIONS, Tables, annotate, choose_plates, read_tables, well_notes
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import INDEX_SCHEMA, QUARANTINE_SCHEMA, TileStore
@@ -317,19 +317,12 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\nFailed to ")[0]
 
 
-def _factor(ingest: Ingest, raw_um: float | None) -> float:
-    """Reduction from raw image to tile, the option for one physical pixel size included."""
-    if ingest.pixel_size_um is None or raw_um is None:
-        return ingest.scale
-    return raw_um / ingest.pixel_size_um
-
-
 def _measure(work: _Work, names: Sequence[PlateName], row: dict[str, Any]) -> list[dict[str, Any]]:
     """Task: measure one plate, and cut its sites into shards."""
     number, ingest = row["plate_number"], work.ingest
     name, sites = names[number], ray.get(work.plates[number])
     healthy = sites[sites["reason"].isna()]
-    factor = _factor(ingest, work.pixel_sizes.get(name.source))
+    factor = reduction(ingest, work.pixel_sizes.get(name.source))
     facts = measure_plate(healthy, name, work.bucket, work.store, ingest, factor)
     shards = range(-(-len(sites) // ingest.tiles_per_shard))
     return [{"plate_number": number, "shard": shard, "facts": facts.to_json()} for shard in shards]
@@ -390,7 +383,7 @@ class _SiteRenderer:
     def __init__(self, name: PlateName, facts: PlateFacts, work: _Work) -> None:
         self.facts, self.work = facts, work
         self.functions = IlluminationFunctions(work.bucket, work.store, name)
-        factor = _factor(work.ingest, work.pixel_sizes.get(name.source))
+        factor = reduction(work.ingest, work.pixel_sizes.get(name.source))
         self.shape = tile_shape(facts.shape, factor) if facts.shape else None
 
     def render(self, site: dict[str, Any]) -> _Rendered:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from coda_ray.config import Config
+from coda_ray.config import Config, Ingest
 
 # Raised whenever the same settings would give other pixels.
 PREPARATION_VERSION = 1
@@ -169,6 +169,21 @@ def estimate_illumination(images: Iterable[NDArray[np.uint16]]) -> Floats:
     smooth = ndimage.gaussian_filter(small, sigma=[SMOOTHING_SHARE * side for side in small.shape], mode="nearest")
     function = np.maximum(resize(smooth, (height, width)), np.finfo(np.float32).tiny)
     return np.asarray(function / function.mean(dtype=np.float64), dtype=np.float32)
+
+
+def reduction(ingest: Ingest, raw_um: float | None) -> float:
+    """Factor from raw image to tile, the option for one physical pixel size included.
+
+    Parameters
+    ----------
+    ingest
+        The settings.
+    raw_um
+        Size of a raw pixel (µm); None where it is not known.
+    """
+    if ingest.pixel_size_um is None or raw_um is None:
+        return ingest.scale
+    return raw_um / ingest.pixel_size_um
 
 
 def tile_shape(shape: Sequence[int], factor: float) -> tuple[int, int]:

@@ -182,6 +182,18 @@ def wells_of_plate(source: str, plate: str, tables: Tables) -> "pd.Series[str]":
     return tables.wells[here].set_index("Metadata_Well")[COMPOUND]
 
 
+def wells_expected(plate: PlateName, tables: Tables) -> list[str]:
+    """Name the wells of a plate before its images are seen: those of the well table, else those of the plate layout.
+
+    Returns
+    -------
+    list of str
+        Sorted; empty where neither table knows the plate.
+    """
+    recorded = wells_of_plate(plate.source, plate.plate, tables)
+    return sorted(recorded.index if len(recorded) else _layout_of_plate(plate, tables).index)
+
+
 def well_notes(sites: pd.DataFrame, annotated: pd.DataFrame, tables: Tables) -> list[str]:
     """Say which wells the image list of a plate lacks, and which are recorded as untreated against the layout.
 

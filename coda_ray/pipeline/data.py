@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from coda_ray.jump.prepare import preparation_of
 from coda_ray.storage import open_place
 from coda_ray.tiles.plan import Partners, SamplePlan
 from coda_ray.tiles.reader import TileSource
-from coda_ray.tiles.store import COMPOUND, LABEL, UNIT_COLUMNS, TileIndex, TileStore
+from coda_ray.tiles.store import COMPOUND, KEPT_SELECTIONS, LABEL, UNIT_COLUMNS, TileIndex, TileStore
 
 
 class DataError(ConfigError):
@@ -56,8 +57,7 @@ def held_out_plate(config: Config, source: str) -> str:
     DataError
         When the configured plate is not there, or the source has a single plate.
     """
-    plates = load_tiles(config, source).frame[["Metadata_Batch", "Metadata_Plate"]].drop_duplicates()
-    names: list[str] = plates.sort_values(["Metadata_Batch", "Metadata_Plate"])["Metadata_Plate"].tolist()
+    names = _plates(load_tiles(config, source))
     chosen = config.held_out.get(source, names[-1])
     if chosen not in names:
         raise DataError(f"held_out.{source} = {chosen!r}: no such plate; {source} has {', '.join(names)}")
@@ -87,7 +87,8 @@ def held_out_compounds(config: Config, source: str) -> list[str]:
 
 def seen(config: Config, source: str, index: TileIndex) -> TileIndex:
     """Keep the tiles that training on a source, and adaptation from it, may use."""
-    return index.where(~index.frame[COMPOUND].isin(held_out_compounds(config, source)))
+    held_out = held_out_compounds(config, source)
+    return _without(index, COMPOUND, tuple(held_out)) if held_out else index
 
 
 def scored(config: Config, source: str, index: TileIndex, classes: Sequence[str]) -> TileIndex:
@@ -100,8 +101,21 @@ def scored(config: Config, source: str, index: TileIndex, classes: Sequence[str]
 
 def training_tiles(config: Config, source: str) -> TileIndex:
     """Tiles of a source without its held-out plate and compounds."""
-    index = load_tiles(config, source)
-    return seen(config, source, index.where(index.frame["Metadata_Plate"] != held_out_plate(config, source)))
+    return seen(config, source, _without(load_tiles(config, source), "Metadata_Plate", (held_out_plate(config, source),)))
+
+
+@lru_cache(maxsize=KEPT_SELECTIONS)
+def _without(index: TileIndex, column: str, names: tuple[str, ...]) -> TileIndex:
+    """Drop some plates or compounds."""
+    return index.where(~index.frame[column].isin(names))
+
+
+@lru_cache(maxsize=KEPT_SELECTIONS)
+def _plates(index: TileIndex) -> list[str]:
+    """Names of plates, by batch and name."""
+    plates = index.frame[["Metadata_Batch", "Metadata_Plate"]].drop_duplicates()
+    names: list[str] = plates.sort_values(["Metadata_Batch", "Metadata_Plate"])["Metadata_Plate"].tolist()
+    return names
 
 
 def held_out_tiles(config: Config, source: str) -> TileIndex:
@@ -145,7 +159,7 @@ def label_codes(index: TileIndex, classes: list[str]) -> NDArray[np.int64]:
     return pd.Categorical(index.frame[LABEL], categories=classes).codes.astype(np.int64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class UnlabelledTiles:
     """What self-supervision sees: anchors, and the pool that their partners come from; no labels.
 
@@ -163,12 +177,11 @@ class UnlabelledTiles:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Hashes of the anchors and of the pool."""
-        return {"anchors": self.pool.where(self._mask()).fingerprint, "pool": self.pool.fingerprint}
+        return {"anchors": self.anchored().fingerprint, "pool": self.pool.fingerprint}
 
-    def _mask(self) -> NDArray[np.bool_]:
-        mask = np.zeros(len(self.pool), bool)
-        mask[self.anchors] = True
-        return mask
+    def anchored(self) -> TileIndex:
+        """Keep the anchors alone."""
+        return _anchored(self)
 
     def partners(self, across: Granularity) -> Partners:
         """Index the pool by compound and batch, or plate."""
@@ -210,6 +223,15 @@ class UnlabelledTiles:
         return f"{told}; each is its own partner"
 
 
+@lru_cache(maxsize=KEPT_SELECTIONS)
+def _anchored(tiles: UnlabelledTiles) -> TileIndex:
+    """Keep the anchors alone."""
+    mask = np.zeros(len(tiles.pool), bool)
+    mask[tiles.anchors] = True
+    return tiles.pool.where(mask)
+
+
+@lru_cache(maxsize=KEPT_SELECTIONS)
 def unlabelled(index: TileIndex) -> UnlabelledTiles:
     """Every tile is an anchor and a possible partner."""
     return UnlabelledTiles(index.without_labels(), np.arange(len(index), dtype=np.int64))
@@ -223,10 +245,19 @@ def adaptation_tiles(config: Config, source: str, target: str, granularity: Gran
     DataError
         When the target has no such unit.
     """
-    whole = seen(config, source, load_tiles(config, target)).without_labels()
+    allowed = seen(config, source, load_tiles(config, target))
+    return _adaptation_tiles(allowed, target, granularity, unit, config.adapt.partner_pool)
+
+
+@lru_cache(maxsize=KEPT_SELECTIONS)
+def _adaptation_tiles(
+    index: TileIndex, target: str, granularity: Granularity, unit: str, partner_pool: Literal["source", "unit"]
+) -> UnlabelledTiles:
+    """Choose anchors and pool."""
+    whole = index.without_labels()
     inside = (whole.frame[UNIT_COLUMNS[granularity]] == unit).to_numpy()
     if not inside.any():
         raise DataError(f"{target} has no {granularity} {unit!r}; it has {', '.join(whole.units(granularity))}")
-    if config.adapt.partner_pool == "unit":
+    if partner_pool == "unit":
         return unlabelled(whole.where(inside))
     return UnlabelledTiles(whole, np.flatnonzero(inside).astype(np.int64))

@@ -28,7 +28,7 @@ from coda_ray.learn.supervised import SupervisedModel
 from coda_ray.learn.ttt import TttRecipe, adapt_each
 from coda_ray.learn.vit import tokens
 from coda_ray.pipeline import networks
-from coda_ray.pipeline.stage import Stage, settings_of
+from coda_ray.pipeline.stage import Stage, Workload, settings_of
 from coda_ray.pipeline.train_stages import Made, load_model, stage_tensors
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, table_bytes
@@ -94,7 +94,16 @@ def evaluate(
         title = title.replace(classifier.title, f"ttt of {classifier.title}")
     needs = tuple(filter(None, (classifier, adapted, autoencoder)))
     make = partial(_make, config, tiles, title, classifier, adapted, autoencoder, seed)
-    return Stage("evaluate", title, inputs, make, needs)
+    workload = Workload(
+        "ttt" if autoencoder else "inference",
+        source=tiles.units("source")[0],
+        plates=len(tiles.units("plate")),
+        tiles=len(tiles),
+        steps=-(-len(tiles) // config.evaluate.minibatch),
+        minibatch=config.evaluate.minibatch,
+        samples=len(tiles),
+    )
+    return Stage("evaluate", title, inputs, make, needs, workload)
 
 
 def predictions_of(config: Config, stage: Stage) -> pd.DataFrame:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -26,6 +26,39 @@ def settings_of(section: BaseModel, *, exclude: set[str] | None = None) -> dict[
     return section.model_dump(mode="json", exclude_defaults=True, exclude=exclude)
 
 
+Rate = Literal["dino", "mae", "supervised", "tent", "ttt", "inference"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How much a stage has to do; it decides nothing about the result.
+
+    Parameters
+    ----------
+    rate
+        The kind of work: which field of `estimate`, without its `_per_s`, says how fast it goes.
+    source
+        Source of the tiles.
+    plates, tiles
+        How many of them.
+    steps, minibatch
+        Optimisation steps or forward passes, and samples in each.
+    samples
+        Samples in all.
+    tiles_per_sample
+        2 where a sample is a pair.
+    """
+
+    rate: Rate
+    source: str
+    plates: int
+    tiles: int
+    steps: int
+    minibatch: int
+    samples: int
+    tiles_per_sample: int = 1
+
+
 @dataclass(frozen=True)
 class Stage:
     """One piece of work and what it stands on.
@@ -42,6 +75,8 @@ class Stage:
         Stages whose results this one reads.
     make
         Given the stage's folder and where to report, returns the worker loop and its description.
+    workload
+        How much it has to do, for the dry run; None where that was not counted.
     """
 
     kind: str
@@ -51,6 +86,7 @@ class Stage:
         compare=False, repr=False
     )
     needs: tuple["Stage", ...] = ()
+    workload: Workload | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def key(self) -> str:

@@ -21,7 +21,7 @@ from coda_ray.learn.supervised import SupervisedModel
 from coda_ray.learn.tent import TentObjective
 from coda_ray.learn.vit import tokens
 from coda_ray.pipeline import data, networks
-from coda_ray.pipeline.stage import Stage, settings_of
+from coda_ray.pipeline.stage import Rate, Stage, Workload, settings_of
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.plan import SamplePlan
 from coda_ray.tiles.reader import TileSource
@@ -71,7 +71,9 @@ def pretrain(config: Config, source: str, *, objective: Pretraining, seed: int) 
     title = f"pretrain {objective} on {source}, seed {seed}"
     epoch = len(tiles.anchors) // config.pretrain.minibatch
     build = partial(_self_supervised_work, config, tiles, config.pretrain, epoch, seed, objective, None, source)
-    return Stage("pretrain", title, inputs, partial(_make, config, config.pretrain, epoch, seed, title, build, note))
+    make = partial(_make, config, config.pretrain, epoch, seed, title, build, note)
+    workload = _workload(section_of(objective), tiles.anchored(), config.pretrain, epoch, pairs=objective == "dino-cb")
+    return Stage("pretrain", title, inputs, make, workload=workload)
 
 
 def classify(config: Config, source: str, *, seed: int, extractor: Stage | None) -> Stage:
@@ -103,7 +105,8 @@ def classify(config: Config, source: str, *, seed: int, extractor: Stage | None)
     epoch = len(index) // config.classify.minibatch
     build = partial(_classify_work, config, source, index.fingerprint, classes, seed, extractor)
     make = partial(_make, config, config.classify, epoch, seed, title, build, None)
-    return Stage("classify", title, inputs, make, (extractor,) if extractor else ())
+    workload = _workload("supervised", index, config.classify, epoch)
+    return Stage("classify", title, inputs, make, (extractor,) if extractor else (), workload)
 
 
 def adapt(config: Config, pretrained: Stage, target: str, *, granularity: Granularity, unit: str, seed: int) -> Stage:
@@ -136,7 +139,8 @@ def adapt(config: Config, pretrained: Stage, target: str, *, granularity: Granul
     epoch = len(data.seen(config, source, data.load_tiles(config, target))) // config.adapt.minibatch
     build = partial(_self_supervised_work, config, tiles, optimisation, epoch, seed, objective, pretrained, None)
     make = partial(_make, config, optimisation, epoch, seed, title, build, note)
-    return Stage("adapt", title, inputs, make, (pretrained,))
+    workload = _workload(section_of(objective), tiles.anchored(), optimisation, epoch, pairs=objective == "dino-cb")
+    return Stage("adapt", title, inputs, make, (pretrained,), workload)
 
 
 def tent(config: Config, classifier: Stage, target: str, *, granularity: Granularity, unit: str, seed: int) -> Stage:
@@ -154,7 +158,10 @@ def tent(config: Config, classifier: Stage, target: str, *, granularity: Granula
     }
     epoch = len(data.seen(config, source, data.load_tiles(config, target))) // config.tent.minibatch
     build = partial(_tent_work, config, tiles, classifier, seed)
-    return Stage("adapt", title, inputs, partial(_make, config, config.tent, epoch, seed, title, build, None), (classifier,))
+    make = partial(_make, config, config.tent, epoch, seed, title, build, None)
+    return Stage(
+        "adapt", title, inputs, make, (classifier,), _workload("tent", tiles.anchored(), config.tent, epoch, pairs=False)
+    )
 
 
 def stage_tensors(config: Config, stage: Stage) -> dict[str, torch.Tensor]:
@@ -211,7 +218,7 @@ def load_model(config: Config, classifier: Stage, adapted: Stage | None, channel
     return model
 
 
-def section_of(objective: Pretraining) -> str:
+def section_of(objective: Pretraining) -> Literal["dino", "mae"]:
     """Name the section of the configuration that holds an objective's settings."""
     return "mae" if objective == "mae" else "dino"
 
@@ -235,6 +242,26 @@ def _sha256(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _steps(optimisation: Optimisation, epoch: int) -> int:
+    """Length of a training stage; `epoch` is what `N epochs` count, in steps."""
+    return max(1, steps_of(optimisation.steps, max(1, epoch)))
+
+
+def _workload(rate: Rate, index: TileIndex, optimisation: Optimisation, epoch: int, *, pairs: bool = False) -> Workload:
+    """Count what a training stage has to do."""
+    steps = _steps(optimisation, epoch)
+    return Workload(
+        rate,
+        source=index.units("source")[0],
+        plates=len(index.units("plate")),
+        tiles=len(index),
+        steps=steps,
+        minibatch=optimisation.minibatch,
+        samples=steps * optimisation.minibatch,
+        tiles_per_sample=2 if pairs else 1,
+    )
+
+
 def _make(
     config: Config,
     optimisation: Optimisation,
@@ -253,7 +280,7 @@ def _make(
         title=title,
         folder=folder,
         seed=seed,
-        steps=max(1, steps_of(optimisation.steps, max(1, epoch))),
+        steps=_steps(optimisation, epoch),
         warmup=steps_of(optimisation.warmup, max(1, epoch)),
         optimisation=optimisation,
         train=config.train,

@@ -10,7 +10,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ UNIT_COLUMNS: dict[Granularity, str] = {
     "batch": "Metadata_Batch",
     "plate": "Metadata_Plate",
 }
+# Tables of one index row per tile that a process keeps, of each kind.
+KEPT_SELECTIONS = 32
 INDEX_SCHEMA = pa.schema(
     [
         ("Metadata_Source", pa.string()),
@@ -72,9 +74,11 @@ def content_key(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TileIndex:
     """Tiles that can be read: one row each.
+
+    Selections that a plan makes again and again are kept, and with them their fingerprints.
 
     Parameters
     ----------
@@ -100,7 +104,7 @@ class TileIndex:
 
     def unit(self, granularity: Granularity, name: str) -> "TileIndex":
         """Keep one source, batch or plate."""
-        return self.where(self.frame[UNIT_COLUMNS[granularity]] == name)
+        return _unit(self, granularity, name)
 
     def units(self, granularity: Granularity) -> list[str]:
         """Sorted names of the sources, batches or plates."""
@@ -108,11 +112,11 @@ class TileIndex:
 
     def without_labels(self) -> "TileIndex":
         """Drop the MoA label: what adaptation sees."""
-        return TileIndex(self.frame.drop(columns=LABEL, errors="ignore"), self.folder, self.channels)
+        return _without_labels(self)
 
     def labelled(self) -> "TileIndex":
         """Keep the tiles that have a MoA label."""
-        return self.where(self.frame[LABEL].notna())
+        return _labelled(self)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -122,6 +126,24 @@ class TileIndex:
         for column in columns:
             digest.update("\x1f".join(map(str, self.frame[column].tolist())).encode())
         return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=KEPT_SELECTIONS)
+def _unit(index: TileIndex, granularity: Granularity, name: str) -> TileIndex:
+    """Keep one source, batch or plate."""
+    return index.where(index.frame[UNIT_COLUMNS[granularity]] == name)
+
+
+@lru_cache(maxsize=KEPT_SELECTIONS)
+def _without_labels(index: TileIndex) -> TileIndex:
+    """Drop the MoA label."""
+    return TileIndex(index.frame.drop(columns=LABEL, errors="ignore"), index.folder, index.channels)
+
+
+@lru_cache(maxsize=KEPT_SELECTIONS)
+def _labelled(index: TileIndex) -> TileIndex:
+    """Keep the tiles that have a MoA label."""
+    return index.where(index.frame[LABEL].notna())
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,3 @@
-import shutil
-from pathlib import Path
-
 import pandas as pd
 import pytest
 
@@ -8,31 +5,12 @@ from coda_ray.config import Place
 from coda_ray.jump.tables import annotate, choose_plates, read_tables, well_notes
 from coda_ray.storage import open_place
 
-METADATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "jump-metadata"
-COPIES = {
-    "plate.csv.gz": "plate.csv.gz",
-    "target2_wells_8sources.csv.gz": "well.csv.gz",
-    "perturbation_control.csv": "perturbation_control.csv",
-    "microscope_config.csv": "microscope_config.csv",
-    "JUMP-Target-2_compound_platemap.tsv": "JUMP-Target-2_compound_platemap.tsv",
-    "JUMP-Target-2_compound_metadata.tsv": "JUMP-Target-2_compound_metadata.tsv",
-    "repurposing_drugs_20200324.txt": "repurposing_drugs_20200324.txt",
-    "repurposing_samples_20200324.txt.gz": "repurposing_samples_20200324.txt.gz",
-}
 WELLS = [f"{row}{column:02d}" for row in "ABCDEFGHIJKLMNOP" for column in range(1, 25)]
 
 
 @pytest.fixture(scope="module")
-def real_tables(tmp_path_factory):
-    """The real tables under the names that the repository of JUMP gives them."""
-    if not METADATA.exists():
-        pytest.skip(f"{METADATA} is not there")
-    folder = tmp_path_factory.mktemp("metadata")
-    for name, copy in COPIES.items():
-        shutil.copy(METADATA / name, folder / copy)
-    compounds = pd.read_csv(METADATA / "target2_compounds_jcp.csv", dtype="str").rename(columns={"InChIKey": "Metadata_InChIKey"})
-    compounds.to_csv(folder / "compound.csv.gz", index=False)
-    return read_tables(open_place(Place(address=str(folder))))
+def real_tables(jump_metadata):
+    return read_tables(open_place(Place(address=str(jump_metadata))))
 
 
 def listed(source, batch, plate, wells=WELLS):

@@ -81,7 +81,7 @@ def test_the_papers_settings_run_at_full_size(job, tiny_bucket, tmp_path):
     config |= bucket | {name: {"address": str(tmp_path / name)} for name in ("tiles", "results")}
     config["ingest"] |= {"sources": ["sim_a", "sim_b"], "pixel_size_um": 0.12}
     config["model"]["init"] = "random"
-    config |= {"held_out": {}, "evaluate": {"minibatch": 16}, "tracking": {"enabled": False}}
+    config |= {"held_out": {}, "evaluate": {"minibatch": 16, "profiles": False}, "tracking": {"enabled": False}}
     for stage in ("pretrain", "classify", "adapt"):
         config[stage] = {**config[stage], "steps": 2, "minibatch": 2, "warmup": 1}
     config["dino"] |= {"teacher_temperature_ramp": 1, "freeze_last_layer": 1}

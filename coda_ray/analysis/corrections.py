@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, Self
 
-import harmonypy
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
@@ -158,7 +157,11 @@ def harmony(features: NDArray[np.floating[Any]], batches: NDArray[Any], *, seed:
     ------
     ValueError
         When shapes disagree, a feature is not finite, there is one batch only, or there are fewer than 30 rows.
+    ImportError
+        Without harmonypy, which is an extra of its own because of its licence (GPL-3.0-or-later).
     """
+    import harmonypy
+
     rows = _finite_rows(features)
     _check_names("batches", batches, rows)
     names, code = np.unique(batches, return_inverse=True)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -77,7 +78,14 @@ def correct(
         What of the target the correction is fitted to.
     seed
         Seed of Harmony's clusters.
+
+    Raises
+    ------
+    ConfigError
+        When Harmony is asked for and not installed.
     """
+    if method == "harmony" and find_spec("harmonypy") is None:
+        raise ConfigError("method harmony needs the package harmonypy (GPL-3.0-or-later): pip install coda_ray[harmony]")
     labelled = data.training_tiles(config, classifier.inputs["source"]).labelled()
     inputs: dict[str, Any] = {"method": method, "unit": [UNIT_COLUMNS[granularity], unit], "labels": labelled.fingerprint}
     if method == "sphering":

@@ -87,7 +87,13 @@ def test_a_real_pair_needs_these_stages_and_no_other(small_part):
     kinds = found.stages["kind"].value_counts().to_dict()
     # ODA and CODA: the whole target and each of 6 batches. Predictions: 3 unadapted models on target and held-out plate.
     # Profiles: every prediction of the target.
-    assert kinds == {"pretrain": 2, "classify": 3, "adapt": 2 * (1 + 6), "evaluate": 3 + 3 + 2 * (1 + 6), "profile": 3 + 2 * (1 + 6)}
+    assert kinds == {
+        "pretrain": 2,
+        "classify": 3,
+        "adapt": 2 * (1 + 6),
+        "evaluate": 3 + 3 + 2 * (1 + 6),
+        "profile": 3 + 2 * (1 + 6),
+    }
     assert found.stages["title"].is_unique
 
 

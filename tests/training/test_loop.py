@@ -78,7 +78,7 @@ def test_a_finished_stage_is_never_run_again(ray_cluster, tmp_path):
 def test_seed_and_settings_name_the_stage(tmp_path):
     config, _ = configs(tmp_path)
     keys = {pretrain(config, "s", objective=o, seed=seed).key for o in ("dino", "dino-cb", "mae") for seed in (0, 1)}
-    assert len(keys) == 4
+    assert len(keys) == 6
     slower = small_config(tmp_path, pretrain={"steps": 7, "lr": 5e-4})
     assert pretrain(slower, "s", objective="dino-cb", seed=0).key not in keys
     elsewhere = small_config(tmp_path, pretrain={"steps": 7}, train={"workers": "2", "log_every": 3}, stream={"prefetch": 1})

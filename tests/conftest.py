@@ -68,14 +68,14 @@ class ServedBucket:
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """Ray on this machine with 4 logical CPUs; nothing of it is left afterwards."""
+    """Ray on this machine, nothing of which is left afterwards; 3 logical CPUs: three stages at a time, each in a process of 1 GB."""
     import logging
 
     import ray
 
     from coda_ray.cluster import start_local
 
-    start_local(num_cpus=4, object_store_memory=500_000_000, logging_level=logging.ERROR, log_to_driver=False)
+    start_local(num_cpus=3, object_store_memory=500_000_000, logging_level=logging.ERROR, log_to_driver=False)
     # Importing ray.data sets its log level.
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -38,7 +38,7 @@ def small_config(root: Path, **sections: object) -> Config:
         "classify": {**steps, "lr_end": 1e-3, "validate_every": 2},
         "adapt": steps,
         "evaluate": {"minibatch": 16, "profiles": False},
-        "train": {"checkpoint_every": 2, "log_every": 1, "cpus_per_worker": 0.5, "precision": "fp32"},
+        "train": {"checkpoint_every": 2, "log_every": 1, "cpus_per_worker": 1, "precision": "fp32"},
         "tracking": {"enabled": False},
     }  # fmt: skip
     for name, section in sections.items():

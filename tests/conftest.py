@@ -68,7 +68,7 @@ class ServedBucket:
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """Ray on this machine, nothing of which is left afterwards; 3 logical CPUs: three stages at a time, each in a process of 1 GB."""
+    """Ray on this machine, nothing of which is left afterwards; 3 stages at a time, each in a process of 1 GB."""
     import logging
 
     import ray

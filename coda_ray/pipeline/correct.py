@@ -87,13 +87,13 @@ def correct(
     if method == "harmony" and find_spec("harmonypy") is None:
         raise ConfigError("method harmony needs the package harmonypy (GPL-3.0-or-later): pip install coda_ray[harmony]")
     labelled = data.training_tiles(config, classifier.inputs["source"]).labelled()
-    inputs: dict[str, Any] = {"method": method, "unit": [UNIT_COLUMNS[granularity], unit], "labels": labelled.fingerprint}
+    column = UNIT_COLUMNS[granularity]
+    inputs: dict[str, Any] = {"method": method, "unit": [column, unit], "labels": labelled.fingerprint}
     if method == "sphering":
         inputs["epsilon"] = config.baselines.sphering_epsilon
     if method == "harmony":
         inputs["seed"] = seed
     title = f"{method} of {target.title}, fitted to {granularity} {unit}"
-    column = UNIT_COLUMNS[granularity]
     classes = tuple(classifier.inputs["classes"])
     make = partial(_make, config, title, method, source, target, labelled, classes, (column, unit), seed)
     return Stage("correct", title, inputs, make, (source, target))

@@ -68,27 +68,33 @@ def held_out_plate(config: Config, source: str) -> str:
     return chosen
 
 
-def held_out_compounds(config: Config, source: str) -> list[str]:
+def held_out_compounds(config: Config, source: str) -> tuple[str, ...]:
     """Name the compounds that no training and no adaptation from a source sees; none with split=plate.
 
     Chosen by the hash of their names within each MoA of the source, so that every source with the same compounds, and every
     seed, holds out the same ones. No label of a target takes part.
     """
     if config.split == "plate":
-        return []
-    named = load_tiles(config, source).labelled().frame[[COMPOUND, LABEL]].drop_duplicates()
+        return ()
+    return _held_out_compounds(load_tiles(config, source), config.held_out_compounds)
+
+
+@lru_cache(maxsize=KEPT_SELECTIONS)
+def _held_out_compounds(index: TileIndex, share: float) -> tuple[str, ...]:
+    """Choose a share of each MoA's compounds."""
+    named = index.labelled().frame[[COMPOUND, LABEL]].drop_duplicates()
     chosen: list[str] = []
     for _, compounds in named.groupby(LABEL)[COMPOUND]:
         ranked = sorted(compounds, key=lambda name: hashlib.sha256(name.encode()).digest())
-        wanted = max(1, round(config.held_out_compounds * len(ranked)))
+        wanted = max(1, round(share * len(ranked)))
         chosen += ranked[: min(wanted, len(ranked) - 1)]
-    return sorted(chosen)
+    return tuple(sorted(chosen))
 
 
 def seen(config: Config, source: str, index: TileIndex) -> TileIndex:
     """Keep the tiles that training on a source, and adaptation from it, may use."""
     held_out = held_out_compounds(config, source)
-    return _without(index, COMPOUND, tuple(held_out)) if held_out else index
+    return _without(index, COMPOUND, held_out) if held_out else index
 
 
 def scored(config: Config, source: str, index: TileIndex, classes: Sequence[str]) -> TileIndex:
@@ -237,6 +243,11 @@ def unlabelled(index: TileIndex) -> UnlabelledTiles:
     return UnlabelledTiles(index.without_labels(), np.arange(len(index), dtype=np.int64))
 
 
+def target_tiles(config: Config, source: str, target: str) -> TileIndex:
+    """Tiles of a target that a model of a source may adapt to."""
+    return seen(config, source, load_tiles(config, target))
+
+
 def adaptation_tiles(config: Config, source: str, target: str, granularity: Granularity, unit: str) -> UnlabelledTiles:
     """Tiles of one unit of a target that a model of a source may adapt to, with partners from `adapt.partner_pool`.
 
@@ -245,8 +256,7 @@ def adaptation_tiles(config: Config, source: str, target: str, granularity: Gran
     DataError
         When the target has no such unit.
     """
-    allowed = seen(config, source, load_tiles(config, target))
-    return _adaptation_tiles(allowed, target, granularity, unit, config.adapt.partner_pool)
+    return _adaptation_tiles(target_tiles(config, source, target), target, granularity, unit, config.adapt.partner_pool)
 
 
 @lru_cache(maxsize=KEPT_SELECTIONS)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,12 +21,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from coda_ray.config import Config
+from coda_ray.jump.layout import METADATA
 from coda_ray.learn.dual import DualModel
-from coda_ray.learn.mae import MaskedAutoencoder
 from coda_ray.learn.precision import choose_precision
 from coda_ray.learn.supervised import SupervisedModel
 from coda_ray.learn.ttt import TttRecipe, adapt_each
-from coda_ray.learn.vit import tokens
+from coda_ray.learn.vit import load_exactly, tokens
 from coda_ray.pipeline import networks
 from coda_ray.pipeline.stage import Stage, Workload, settings_of
 from coda_ray.pipeline.train_stages import Made, load_model, stage_tensors
@@ -37,7 +37,7 @@ from coda_ray.training.loop import Report
 
 PROBABILITY = "probability_"
 FEATURE = "feature_"
-TILE_ID = ["Metadata_Source", "Metadata_Batch", "Metadata_Plate", "Metadata_Well", "Metadata_Site"]
+TILE_ID = list(METADATA)
 
 
 @dataclass(frozen=True)
@@ -234,8 +234,12 @@ def _part_names(run: EvaluationRun) -> list[str]:
 
 
 def _as_it_is(model: SupervisedModel | DualModel, views: Tensor, rows: NDArray[np.int64]) -> Tensor:
-    """Put the softmax and the CLS token side by side: (B, classes + D)."""
-    logits, cls = model(views)
+    """Predict with the model, whatever the rows."""
+    return _side_by_side(*model(views))
+
+
+def _side_by_side(logits: Tensor, cls: Tensor) -> Tensor:
+    """Join the softmax of logits (B, classes) and CLS tokens (B, D)."""
     return torch.cat([logits.float().softmax(1), cls.float()], 1)
 
 
@@ -245,18 +249,17 @@ def _test_time_training(
     """Let the autoencoder learn each image by itself; then the same as `_as_it_is`, with the adapted encoder."""
     if not isinstance(model, DualModel) or run.autoencoder is None:
         raise TypeError(f"{run.classifier.title}: test-time training needs a dual model on a masked autoencoder")
-    channels = len(run.index.channels)
-    learner = networks.mae_objective(networks.unfilled(run.config), channels=channels, seed=run.seed)
-    learner.warm_start(stage_tensors(run.config, run.autoencoder))
+    learner = networks.masked_autoencoder(networks.unfilled(run.config), channels=len(run.index.channels))
+    load_exactly(learner, stage_tensors(run.config, run.autoencoder), run.autoencoder.title)
     learner.to(device)
     ttt = run.config.ttt
 
     def read(encoder: VisionTransformer, view: Tensor) -> Tensor:
         features = tokens(encoder, view)
-        return torch.cat([model.classify(features).float().softmax(1), features[:, 0].float()], 1)
+        return _side_by_side(model.classify(features), features[:, 0])
 
     return lambda views, rows: adapt_each(
-        cast(MaskedAutoencoder, learner.network),
+        learner,
         views,
         rows,
         seed=run.seed,

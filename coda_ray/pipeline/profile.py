@@ -23,7 +23,7 @@ from coda_ray.storage import Folder
 from coda_ray.tiles.store import COMPOUND, LABEL, TileIndex, table_bytes
 from coda_ray.training.loop import Report
 
-WELL_ID = ["Metadata_Source", "Metadata_Batch", "Metadata_Plate", "Metadata_Well"]
+WELL_ID = TILE_ID[:-1]
 # Of the random rankings that retrieval is compared with.
 SEED = 0
 

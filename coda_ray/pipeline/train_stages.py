@@ -136,7 +136,7 @@ def adapt(config: Config, pretrained: Stage, target: str, *, granularity: Granul
         "unit": unit,
         "tiles": tiles.fingerprints,
     }
-    epoch = len(data.seen(config, source, data.load_tiles(config, target))) // config.adapt.minibatch
+    epoch = len(data.target_tiles(config, source, target)) // config.adapt.minibatch
     build = partial(_self_supervised_work, config, tiles, optimisation, epoch, seed, objective, pretrained, None)
     make = partial(_make, config, optimisation, epoch, seed, title, build, note)
     workload = _workload(section_of(objective), tiles.anchored(), optimisation, epoch, pairs=objective == "dino-cb")
@@ -156,7 +156,7 @@ def tent(config: Config, classifier: Stage, target: str, *, granularity: Granula
         "unit": unit,
         "tiles": tiles.fingerprints["anchors"],
     }
-    epoch = len(data.seen(config, source, data.load_tiles(config, target))) // config.tent.minibatch
+    epoch = len(data.target_tiles(config, source, target)) // config.tent.minibatch
     build = partial(_tent_work, config, tiles, classifier, seed)
     make = partial(_make, config, config.tent, epoch, seed, title, build, None)
     return Stage(

@@ -15,14 +15,18 @@ from coda_ray.pipeline.correct import Correction, correct
 from coda_ray.pipeline.evaluate import PROBABILITY, TILE_ID, evaluate, predictions_of
 from coda_ray.pipeline.profile import profile
 from coda_ray.pipeline.stage import Stage
-from coda_ray.pipeline.train_stages import MODEL_ON, Pretraining, adapt, classify, pretrain, tent
+from coda_ray.pipeline.train_stages import CONTINUED_BY, MODEL_ON, Pretraining, adapt, classify, pretrain, tent
 from coda_ray.storage import Folder
 from coda_ray.tiles.store import COMPOUND, UNIT_COLUMNS, TileIndex, content_key
 from coda_ray.tracking.records import FEATURE_SCORES
 
-BASELINES: frozenset[Method] = frozenset({"probe", "standardise", "sphering", "harmony", "tent"})
+BASELINES: frozenset[str] = frozenset({*get_args(Correction), "tent"})
 BOOTSTRAP_SEED = 0
 PRETRAINING: dict[Method, Pretraining] = {model: objective for objective, model in MODEL_ON.items()}
+UNADAPTED: dict[Method, Method] = {
+    **{CONTINUED_BY[objective]: model for objective, model in MODEL_ON.items()},
+    "ttt": MODEL_ON["mae"],
+}
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,7 @@ class Transfer:
 
 def unadapted(config: Config, method: Method) -> Method:
     """Name the model that a method starts from; itself, where it adapts nothing."""
-    if method in ("ttt", "oda-mae"):
-        return "dual-mae"
-    if method in ("oda", "coda"):
-        return "dual-dino" if method == "oda" else "dual-cb"
-    return config.baselines.model if method in BASELINES else method
+    return config.baselines.model if method in BASELINES else UNADAPTED.get(method, method)
 
 
 def plan(config: Config, request: Request) -> list[Transfer]:

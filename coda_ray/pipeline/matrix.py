@@ -69,6 +69,44 @@ def requests_of(config: Config) -> list[Request]:
     return cells + [Request(s, s, unadapted(config, method), "plate", seed, split) for split, seed, method, s in within]
 
 
+def plan_all(config: Config, requests: Sequence[Request]) -> list[Transfer]:
+    """Plan every transfer of some requests, each once.
+
+    Raises
+    ------
+    DataError
+        When tiles, labels or partners are not there.
+    """
+    return list({t.key: t for request in requests for t in plan(config, request)}.values())
+
+
+def job_key(kind: str, requests: Sequence[Request], stages: Sequence[Stage]) -> str:
+    """Name a job by what it is asked for and the stages that answer it."""
+    return content_key({"kind": kind, "requests": [vars(request) for request in requests], "stages": [s.key for s in stages]})
+
+
+def run_stages(config: Config, stages: Sequence[Stage], say: Callable[[str], None]) -> dict[str, str]:
+    """Run what is missing of some stages that no transfer is scored by; what they need is finished.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    stages
+        Each after those it needs.
+    say
+        Receives lines of progress.
+
+    Returns
+    -------
+    dict
+        Title to reason of those that failed.
+    """
+    runner = _Runner(config, open_place(config.results), [], stages, Tracker(None), say)
+    runner.run()
+    return runner.failures
+
+
 def run_transfers(
     config: Config, requests: Sequence[Request], *, kind: str, name: str, command: str, say: Callable[[str], None]
 ) -> Outcome:
@@ -98,12 +136,10 @@ def run_transfers(
         At the end, when stages failed; whatever could be finished is.
     """
     results = open_place(config.results)
-    transfers = list({t.key: t for request in requests for t in plan(config, request)}.values())
+    transfers = plan_all(config, requests)
     stages = stages_of(transfers)
     job: dict[str, Any] = {
-        "key": content_key(
-            {"kind": kind, "requests": [vars(request) for request in requests], "stages": [s.key for s in stages]}
-        ),
+        "key": job_key(kind, requests, stages),
         "kind": kind,
         "name": name,
         "command": command,

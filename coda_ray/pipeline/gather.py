@@ -332,7 +332,7 @@ def _map(config: Config, shown: Shown) -> FeatureMap:
     moa = data.load_tiles(config, target).frame.set_index(TILE_ID)[LABEL]
     labels = moa.reindex(pd.MultiIndex.from_frame(frame[TILE_ID])).to_numpy(object)
     named = frame.rename(columns={UNIT_COLUMNS["batch"]: "batch"})[["state", "x", "y", "batch"]].assign(moa=labels)
-    return FeatureMap(source, target, *shown.methods, named)
+    return FeatureMap(source, target, *shown.methods, config.matrix.seeds[0], named)
 
 
 def _layers(config: Config, shown: Shown, name: str) -> LayerComparison:
@@ -343,7 +343,9 @@ def _layers(config: Config, shown: Shown, name: str) -> LayerComparison:
         "own": (f"{after} to {target}", f"{before} of {target}", "layers of the adapted and of the target's own model"),
     }[name]
     cka = layers_of(config, shown.layers[name])
-    return LayerComparison(f"{name}-{source}-{target}", f"{title}, {source} → {target}", first, second, cka)
+    return LayerComparison(
+        f"{name}-{source}-{target}", f"{title}, {source} → {target}", first, second, config.matrix.seeds[0], cka
+    )
 
 
 def _differences(config: Config, transfers: Sequence[Transfer], frame: pd.DataFrame) -> Iterator[list[Any]]:

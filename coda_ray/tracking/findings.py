@@ -61,6 +61,8 @@ class FeatureMap:
     ----------
     source, target, before, after
         Names of the sources and of the two methods.
+    seed
+        Of the models.
     frame
         One row per tile and state: `state` (before, after), `x`, `y`, `batch`, `moa` (None where not known).
     """
@@ -69,6 +71,7 @@ class FeatureMap:
     target: str
     before: str
     after: str
+    seed: int
     frame: pd.DataFrame
 
 
@@ -82,6 +85,8 @@ class LayerComparison:
         For the file.
     title, first, second
         What is compared, for people.
+    seed
+        Of the models.
     cka
         Reading (`all tokens`, `CLS`) to (blocks of the first, blocks of the second) float64.
     """
@@ -90,6 +95,7 @@ class LayerComparison:
     title: str
     first: str
     second: str
+    seed: int
     cka: Mapping[str, NDArray[np.float64]]
 
 

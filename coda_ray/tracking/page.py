@@ -207,8 +207,8 @@ def _examples(found: Findings) -> list[Picture]:
     if not found.examples:
         return []
     words = (
-        "Each channel is one colour. Above: the prepared tile. Below: as networks see it, every channel of every tile at zero "
-        "mean and unit spread (2.5 standard deviations to either side are shown). Without a bar, the size of a pixel is not known."
+        "Each channel is one colour. Left: the prepared tiles. Right: the same as networks see them, each channel of each tile "
+        "at zero mean and unit spread (shown to 2.5 standard deviations). Without a bar, the size of a pixel is not known."
     )
     return [Picture("figure-3-examples", "Figure 3: example tiles of each source", words, example_figure(found.examples))]
 
@@ -234,7 +234,7 @@ def _granularities(found: Findings) -> list[Picture]:
     table = granularity_table(found.transfers, found.matrix)
     words = (
         "Filled, solid line: scored on the unit that was adapted to. Hollow, broken line: the model of each unit scored on the "
-        "whole target, mean over units. Methods that adapt to no unit are the same everywhere."
+        "whole target, mean over units. Lines across: methods that adapt to no unit."
     )
     pictures = []
     for split in get_args(Split):

@@ -126,7 +126,7 @@ def feature_tables(transfers: pd.DataFrame) -> list[Table]:
     if measured.empty:
         return []
     seeds = measured.groupby([*names, "seed"])[list(FEATURE_SCORES)].mean().groupby(names)
-    data = seeds.mean().join(seeds.std(), rsuffix="_std").join(seeds.size().rename("n_seeds")).reset_index()
+    data = seeds.mean().join(seeds.std().add_suffix("_std")).join(seeds.size().rename("n_seeds")).reset_index()
     orders = {name: shown(data[name].tolist()) for name in names} | {"granularity": list(get_args(Granularity))}
     data = data.sort_values(names, key=lambda column: column.map(orders[str(column.name)].index), ignore_index=True)
     rows = [
@@ -136,7 +136,7 @@ def feature_tables(transfers: pd.DataFrame) -> list[Table]:
     ]
     title = f"Scores of the features on the whole target, mean ± std over {seeds_text(data)}"
     header = ["source → target", "method", "adapted per", "split", *[SCORE_NAMES[score] for score in FEATURE_SCORES]]
-    return [Table("features", title, header, rows, data)]
+    return [Table("feature-scores", title, header, rows, data)]
 
 
 def difference_tables(differences: pd.DataFrame) -> list[Table]:
@@ -157,7 +157,9 @@ def difference_tables(differences: pd.DataFrame) -> list[Table]:
         ]
         title = f"Differences in accuracy (points){OF_SPLIT[cast(Split, split)]}, adapted per {granularity}"
         header = ["difference", "target", "points", "95 % interval", "images", "wells", "seeds"]
-        tables.append(Table(f"differences-{granularity}{_suffix(str(split))}", title, header, rows, part.reset_index(drop=True)))
+        tables.append(
+            Table(f"differences-table-{granularity}{_suffix(str(split))}", title, header, rows, part.reset_index(drop=True))
+        )
     return tables
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from coda_ray.config import Config, parse_job
+from coda_ray.config import Config, parse_job, told_in_one_line
 
 
 def main() -> int:
@@ -11,13 +11,11 @@ def main() -> int:
     from coda_ray.pipeline.matrix import requests_of
     from coda_ray.pipeline.report import run_job
 
+    with told_in_one_line("jobs/matrix.py"):
+        requests = requests_of(config)
     wanted = config.matrix
-    for field in ("sources", "targets", "methods", "granularities", "splits", "seeds"):
-        if not getattr(wanted, field):
-            print(f"jobs/matrix.py: matrix.{field} is empty; name at least one in the configuration file", file=sys.stderr)
-            return 2
     name = f"matrix of {len(wanted.sources)} x {len(wanted.targets)}, {', '.join(wanted.methods)}"
-    return run_job(config, requests_of(config), kind="matrix", name=name)
+    return run_job(config, requests, kind="matrix", name=name)
 
 
 if __name__ == "__main__":

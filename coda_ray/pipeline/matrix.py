@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import ray
 
-from coda_ray.config import Config
+from coda_ray.config import Config, ConfigError
 from coda_ray.pipeline.data import DataError
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.task import run_stage, run_stage_afresh
@@ -61,8 +61,17 @@ class Outcome:
 
 
 def requests_of(config: Config) -> list[Request]:
-    """List every cell of a matrix: each source to each other target, and each source on its own held-out plate."""
+    """List every cell of a matrix: each source to each other target, and each source on its own held-out plate.
+
+    Raises
+    ------
+    ConfigError
+        When one of the matrix's lists is empty.
+    """
     matrix = config.matrix
+    for field in ("sources", "targets", "methods", "granularities", "splits", "seeds"):
+        if not getattr(matrix, field):
+            raise ConfigError(f"matrix.{field} is empty; name at least one in the configuration file")
     across = product(matrix.splits, matrix.seeds, matrix.methods, matrix.granularities, matrix.sources, matrix.targets)
     within = product(matrix.splits, matrix.seeds, matrix.methods, matrix.sources)
     cells = [Request(s, t, method, granularity, seed, split) for split, seed, method, granularity, s, t in across if s != t]

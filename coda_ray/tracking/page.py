@@ -41,7 +41,7 @@ TERMS = (
     ("source, target", "the laboratory whose labels trained the model, and the one whose images are classified without labels"),
     (
         "accuracy",
-        "the share of images whose mechanism of action (MoA) was named rightly; guessing reaches one by the number of MoAs",
+        "the share of images whose mechanism of action (MoA) was named rightly; by chance, one in the number of MoAs",
     ),
     ("macro-F1", "the same question, with every MoA counting alike, however many images it has"),
     ("per well, per compound", "the model's answers are averaged over the images of a well, or of a compound, before it decides"),
@@ -129,7 +129,8 @@ def _facts(found: Findings) -> list[tuple[str, str]]:
     frame = found.transfers
     if frame.empty:
         return [("matrix", f"{found.job['key']}, nothing is scored yet"), ("command", found.job["command"])]
-    counts = frame.groupby("target")[["n_images", "n_wells", "n_compounds"]].max()
+    across = frame[frame["source"] != frame["target"]]
+    counts = across.groupby("target")[["n_images", "n_wells", "n_compounds"]].max()
     of_targets = [
         f"{target}: {row['n_images']:,} images of {row['n_wells']:,} wells, {row['n_compounds']:,} compounds"
         for target, row in ((name, counts.loc[name]) for name in shown(counts.index.tolist()))

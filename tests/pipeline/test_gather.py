@@ -16,6 +16,7 @@ from coda_ray.pipeline import data, gather
 from coda_ray.pipeline.evaluate import TILE_ID, predictions_of
 from coda_ray.pipeline.gather import write_report
 from coda_ray.pipeline.matrix import requests_of, run_transfers
+from coda_ray.pipeline.train_stages import pretrain
 from coda_ray.pipeline.transfer import BOOTSTRAP_SEED, Request, plan
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import LABEL
@@ -26,7 +27,7 @@ from synthetic import small_config, write_tiles
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 MATRIX = {
-    "sources": ["a", "b"],
+    "sources": ["a"],
     "targets": ["b", "c"],
     "methods": ["dual-mae", "ttt", "oda", "coda"],
     "granularities": ["source", "batch"],
@@ -43,13 +44,14 @@ def changed(config, **sections):
 
 @pytest.fixture(scope="module")
 def config(ray_cluster, tmp_path_factory):
-    """A finished matrix of two sources and two targets; the report is not written yet."""
+    """A finished matrix of one source and two targets, one with a model of its own; the report is not written yet."""
     config = small_config(
         tmp_path_factory.mktemp("gather"), matrix=MATRIX, report={"layer_tiles": 20, "map_tiles": 30}, evaluate={"profiles": True}
     )
     for source in "abc":
         write_tiles(config, source, batches=2, plates_per_batch=2)
-    run_transfers(config, requests_of(config), kind="matrix", name="a, b → b, c", command="make it", say=lambda line: None)
+    run_transfers(config, requests_of(config), kind="matrix", name="a → b, c", command="make it", say=lambda line: None)
+    pretrain(config, "b", objective="dino-cb", seed=0).run(config, None)
     return config
 
 
@@ -119,7 +121,7 @@ def test_differences_are_paired_over_wells(config, report, method, against):
     table = csv(report[1], "differences-table-source")
     rows = table[(table["method"] == method) & (table["against"] == against)].set_index("target")
     assert list(rows.index) == ["b", "c", "all targets"]
-    pairs = {"b": [("a", "b")], "c": [("a", "c"), ("b", "c")]}
+    pairs = {"b": [("a", "b")], "c": [("a", "c")]}
     for target, chosen in {**pairs, "all targets": pairs["b"] + pairs["c"]}.items():
         sides = [np.concatenate([right(config, source, end, name)[0] for source, end in chosen]) for name in (method, against)]
         wells = np.concatenate([right(config, source, end, method)[1] for source, end in chosen])
@@ -127,6 +129,18 @@ def test_differences_are_paired_over_wells(config, report, method, against):
         assert rows.loc[target, ["difference", "low", "high"]].tolist() == pytest.approx(expected)
         assert rows.loc[target, "n_wells"] == len(set(wells))
         assert rows.loc[target, "n_seeds"] == 1
+
+
+def test_a_well_is_drawn_for_all_sources_at_once():
+    names = pd.MultiIndex.from_tuples([("t", "b", "p", f"A{i // 2}", str(i)) for i in range(8)], names=TILE_ID)
+    rng = np.random.default_rng(0)
+    columns = pd.MultiIndex.from_product([["coda", "oda"], [0, 1]])
+    parts = [pd.DataFrame(rng.random((8, 4)) < 0.5, names, columns) for _ in range(2)]
+    found = gather._compared(parts, "coda", "oda", [0, 1])
+    wells = np.tile([f"well {i // 2}" for i in range(8)], 2)
+    sides = [np.concatenate([part[name].to_numpy() for part in parts]).T for name in ("coda", "oda")]
+    assert found[:3] == paired_difference(wells, *sides, seed=BOOTSTRAP_SEED)
+    assert found[3:] == (8, 4, 2)
 
 
 def test_differences_of_units_are_weighted_as_in_the_matrix(config, report):
@@ -209,7 +223,7 @@ def test_the_target_s_own_model_is_asked_for_where_it_is_missing(config, report)
     [
         ({"method": "oda-mae"}, "report.method = 'oda-mae': not in matrix.methods; choose from oda, coda"),
         ({"pairs": [("a", "a")]}, "not in the matrix; give a source and a target of it that differ"),
-        ({"pairs": [("b", "a")]}, "not in the matrix; give a source and a target of it that differ"),
+        ({"pairs": [("b", "c")]}, "not in the matrix; give a source and a target of it that differ"),
     ],
 )
 def test_what_the_matrix_does_not_have_cannot_be_shown(config, fields, told):

@@ -162,6 +162,8 @@ def write_report(config: Config, out: Folder | None, say: Say) -> Written:
     written = report_files(found)
     for name, content in written.items():
         folder.write(name, content)
+    for name in set(told.get("files", [])) - set(written):
+        folder.delete(name)
     folder.write("report.json", json.dumps({"key": key, "files": sorted(written)}, indent=1).encode())
     _send(config, results, job, written)
     return Written(folder.address(PAGE), len(written), fresh=True, unfinished=len(unfinished) + len(notes))

@@ -1,6 +1,7 @@
 """The report of a small finished matrix: what it shows, what it names as missing, and that it is written once."""
 
 import io
+import json
 import runpy
 import shutil
 import sys
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 
 from coda_ray.analysis.intervals import paired_difference
-from coda_ray.config import Config, ConfigError, dump_config
+from coda_ray.config import Config, ConfigError, Place, dump_config
 from coda_ray.pipeline import data, gather
 from coda_ray.pipeline.evaluate import TILE_ID, predictions_of
 from coda_ray.pipeline.gather import write_report
@@ -209,6 +210,20 @@ def test_a_matrix_that_was_never_run_has_a_report_too(config, tmp_path):
     assert set(page.tables) == {"data"}
     assert gather.REMEDY in page.text
     assert not (tmp_path / "results" / "jobs").exists()
+
+
+def test_files_of_an_older_report_do_not_stay(config, report, tmp_path):
+    out = open_place(Place(address=str(tmp_path)))
+    for method in ("oda", "coda"):
+        write_report(changed(config, report={"method": method, "pairs": [("a", "b")]}), out, lambda line: None)
+    page = Page(out.read(PAGE).decode())
+    linked = {address for address in page.addresses if not address.startswith(("data:", "#"))}
+    assert set(out.names()) == {PAGE, "report.json"} | linked
+    out.write("report.json", json.dumps({"key": "older", "files": ["figure-9.png"]}).encode())
+    out.write("figure-9.png", b"stale")
+    out.write("mine.txt", b"kept")
+    assert write_report(config, out, lambda line: None).fresh
+    assert set(out.names()) == {PAGE, "report.json", "mine.txt"} | linked
 
 
 def test_the_target_s_own_model_is_asked_for_where_it_is_missing(config, report):

@@ -539,6 +539,22 @@ class Estimate(Section):
     """Tiles per second that one GPU adapts to, one by one, by test-time training."""
 
 
+class Report(Section):
+    """What jobs/report.py shows beside the tables. Maps (UMAP) and comparisons of layers (CKA): of the first split and seed."""
+
+    pairs: list[tuple[str, str]] = []
+    """Source and target of the maps and of the comparisons of layers, such as [["source_3", "source_7"]]; empty takes the first
+    of the matrix."""
+    method: Literal["oda-mae", "oda", "coda"] | None = None
+    """The adaptation that they show; unset takes the last of matrix.methods that adapts a feature extractor."""
+    example_tiles: int = Field(4, ge=1)
+    """Example tiles of each source."""
+    map_tiles: int = Field(3000, ge=8)
+    """Most tiles of a map; drawn by chance where there are more."""
+    layer_tiles: int = Field(1024, ge=4)
+    """Most tiles of a comparison of layers; drawn by chance where there are more."""
+
+
 class Config(Section):
     """Everything that decides a result, and where things are."""
 
@@ -591,6 +607,8 @@ class Config(Section):
     """The result matrix."""
     estimate: Estimate = Estimate()
     """Dry run."""
+    report: Report = Report()
+    """The report of a matrix."""
 
     @model_validator(mode="after")
     def _views_are_whole_patches(self) -> Self:

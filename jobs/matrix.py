@@ -8,7 +8,7 @@ import sys
 
 from pydantic_settings import CliImplicitFlag
 
-from coda_ray.config import Config, parse_job
+from coda_ray.config import Config, parse_job, told_in_one_line
 
 
 class MatrixJob(Config):
@@ -26,11 +26,8 @@ def main() -> int:
     from coda_ray.pipeline.report import run_job
 
     config, wanted = Config.model_validate(job.model_dump(exclude={"dry_run"})), job.matrix
-    for field in ("sources", "targets", "methods", "granularities", "splits", "seeds"):
-        if not getattr(wanted, field):
-            print(f"jobs/matrix.py: matrix.{field} is empty; name at least one in the configuration file", file=sys.stderr)
-            return 2
-    requests = requests_of(config)
+    with told_in_one_line("jobs/matrix.py"):
+        requests = requests_of(config)
     if job.dry_run:
         return dry_run.show(config, requests)
     name = f"matrix of {len(wanted.sources)} x {len(wanted.targets)}, {', '.join(wanted.methods)}"

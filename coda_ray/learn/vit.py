@@ -139,6 +139,25 @@ def tokens(vit: VisionTransformer, images: Tensor) -> Tensor:
     return vit.forward_features(images)
 
 
+def layer_tokens(vit: VisionTransformer, images: Tensor) -> list[Tensor]:
+    """Embed images, and keep what every block made of them.
+
+    Parameters
+    ----------
+    vit
+        The transformer.
+    images
+        (B, C, S, S) float, S a multiple of the patch.
+
+    Returns
+    -------
+    list of Tensor
+        One (B, 1 + N, D) per block, in order: the CLS token, then N patch tokens; the last has not seen the final LayerNorm.
+    """
+    blocks = vit.forward_intermediates(images, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True)
+    return [torch.cat([cls, patches], 1) for patches, cls in cast(list[tuple[Tensor, Tensor]], blocks)]
+
+
 def initialise(vit: VisionTransformer, init: str) -> None:
     """Give a transformer its initial weights, in place.
 

@@ -17,6 +17,9 @@ from coda_ray.tiles.plan import Partners, SamplePlan
 from coda_ray.tiles.reader import TileSource
 from coda_ray.tiles.store import COMPOUND, KEPT_SELECTIONS, LABEL, UNIT_COLUMNS, TileIndex, TileStore
 
+# Of the tiles that are drawn for a figure.
+DRAW_SEED = 0
+
 
 class DataError(ConfigError):
     """Tiles that a stage cannot use as configured; the text names them and the remedy."""
@@ -158,6 +161,12 @@ def classes_of(config: Config, source: str) -> list[str]:
     if len(names) < 2:
         raise DataError(f"{source}: its training tiles carry {len(names)} MoA label(s); give the MoA tables to jobs/ingest.py")
     return names
+
+
+def drawn(index: TileIndex, most: int) -> TileIndex:
+    """Draw tiles by chance, in an order by chance, without their labels; all where there are no more."""
+    rows = np.random.default_rng(DRAW_SEED).permutation(len(index))[:most]
+    return TileIndex(index.frame.iloc[rows].reset_index(drop=True), index.folder, index.channels).without_labels()
 
 
 def label_codes(index: TileIndex, classes: list[str]) -> NDArray[np.int64]:

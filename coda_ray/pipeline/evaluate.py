@@ -106,9 +106,19 @@ def evaluate(
     return Stage("evaluate", title, inputs, make, needs, workload)
 
 
-def predictions_of(config: Config, stage: Stage) -> pd.DataFrame:
-    """Read the predictions of a finished evaluation: Metadata_ columns, `predicted`, and one probability per class."""
-    return _table_of(config, stage, "predictions")
+def predictions_of(config: Config, stage: Stage, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Read the predictions of a finished evaluation: Metadata_ columns, `predicted`, and one probability per class.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    stage
+        The evaluation.
+    columns
+        Only these.
+    """
+    return _table_of(config, stage, "predictions", columns)
 
 
 def embeddings_of(config: Config, stage: Stage) -> pd.DataFrame:
@@ -147,10 +157,10 @@ def write_predictions(
         folder.write(f"{name}.parquet", table_bytes(frame))
 
 
-def _table_of(config: Config, stage: Stage, name: str) -> pd.DataFrame:
-    """Read one table of a finished evaluation."""
+def _table_of(config: Config, stage: Stage, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Read one table of a finished evaluation, or some of its columns."""
     data = open_place(config.results).read(f"{stage.path}/{name}.parquet")
-    frame: pd.DataFrame = pq.read_table(io.BytesIO(data)).to_pandas()
+    frame: pd.DataFrame = pq.read_table(io.BytesIO(data), columns=columns and list(columns)).to_pandas()
     return frame
 
 

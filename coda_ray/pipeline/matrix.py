@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import ray
 
-from coda_ray.config import Config
+from coda_ray.config import Config, ConfigError
 from coda_ray.pipeline.data import DataError
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.task import run_stage, run_stage_afresh
@@ -61,12 +61,59 @@ class Outcome:
 
 
 def requests_of(config: Config) -> list[Request]:
-    """List every cell of a matrix: each source to each other target, and each source on its own held-out plate."""
+    """List every cell of a matrix: each source to each other target, and each source on its own held-out plate.
+
+    Raises
+    ------
+    ConfigError
+        When one of the matrix's lists is empty.
+    """
     matrix = config.matrix
+    for field in ("sources", "targets", "methods", "granularities", "splits", "seeds"):
+        if not getattr(matrix, field):
+            raise ConfigError(f"matrix.{field} is empty; name at least one in the configuration file")
     across = product(matrix.splits, matrix.seeds, matrix.methods, matrix.granularities, matrix.sources, matrix.targets)
     within = product(matrix.splits, matrix.seeds, matrix.methods, matrix.sources)
     cells = [Request(s, t, method, granularity, seed, split) for split, seed, method, granularity, s, t in across if s != t]
     return cells + [Request(s, s, unadapted(config, method), "plate", seed, split) for split, seed, method, s in within]
+
+
+def plan_all(config: Config, requests: Sequence[Request]) -> list[Transfer]:
+    """Plan every transfer of some requests, each once.
+
+    Raises
+    ------
+    DataError
+        When tiles, labels or partners are not there.
+    """
+    return list({t.key: t for request in requests for t in plan(config, request)}.values())
+
+
+def job_key(kind: str, requests: Sequence[Request], stages: Sequence[Stage]) -> str:
+    """Name a job by what it is asked for and the stages that answer it."""
+    return content_key({"kind": kind, "requests": [vars(request) for request in requests], "stages": [s.key for s in stages]})
+
+
+def run_stages(config: Config, stages: Sequence[Stage], say: Callable[[str], None]) -> dict[str, str]:
+    """Run what is missing of some stages that no transfer is scored by; what they need is finished.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    stages
+        Each after those it needs.
+    say
+        Receives lines of progress.
+
+    Returns
+    -------
+    dict
+        Title to reason of those that failed.
+    """
+    runner = _Runner(config, open_place(config.results), [], stages, Tracker(None), say)
+    runner.run()
+    return runner.failures
 
 
 def run_transfers(
@@ -98,12 +145,10 @@ def run_transfers(
         At the end, when stages failed; whatever could be finished is.
     """
     results = open_place(config.results)
-    transfers = list({t.key: t for request in requests for t in plan(config, request)}.values())
+    transfers = plan_all(config, requests)
     stages = stages_of(transfers)
     job: dict[str, Any] = {
-        "key": content_key(
-            {"kind": kind, "requests": [vars(request) for request in requests], "stages": [s.key for s in stages]}
-        ),
+        "key": job_key(kind, requests, stages),
         "kind": kind,
         "name": name,
         "command": command,

@@ -13,7 +13,6 @@ from coda_ray.config import Config, ConfigError, told_in_one_line
 from coda_ray.pipeline.matrix import Outcome, StagesFailedError, run_transfers
 from coda_ray.pipeline.transfer import Request
 from coda_ray.storage import open_place
-from coda_ray.tracking.records import SCORES
 from coda_ray.tracking.table import matrices, render_matrix
 
 # Columns where the output is no terminal.
@@ -24,9 +23,7 @@ SHORT = {
     "accuracy": "acc",
     "macro_f1": "F1",
     "well_accuracy": "well acc",
-    "well_macro_f1": "well F1",
     "compound_accuracy": "cpd acc",
-    "compound_macro_f1": "cpd F1",
 }
 
 
@@ -89,11 +86,11 @@ def _show(console: Console, config: Config, outcome: Outcome) -> None:
 
 def transfers_table(transfers: pd.DataFrame) -> Table:
     """Lay out transfers row by row, scores in percent."""
-    table = Table(title="transfers: accuracy and macro-F1 in percent, per image, per well and per compound")
+    table = Table(title="transfers: accuracy and macro-F1 per image, accuracy per well and per compound (cpd), in percent")
     names = ["source", "target", "method", "granularity", "unit", "scope", "split", "seed", "n_images"]
-    for column in [*names, *SCORES, "steps"]:
+    for column in [*names, *SHORT, "steps"]:
         table.add_column(SHORT.get(column, column), overflow="fold")
     for row in transfers.to_dict("records"):
-        scores = [f"{100 * row[column]:.1f}" for column in SCORES]
+        scores = [f"{100 * row[column]:.1f}" for column in SHORT]
         table.add_row(*[str(row[column]) for column in names], *scores, str(row["steps"]))
     return table

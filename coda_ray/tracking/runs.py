@@ -153,6 +153,18 @@ class Tracker:
 
         self._put(f"job {record['name']}", send)
 
+    def report(self, record: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+        """Send the files of a job's report.
+
+        Parameters
+        ----------
+        record
+            The job's record.
+        files
+            Name to content.
+        """
+        self._put(f"report of {record['name']}", lambda store: store.report(record, files))
+
     def close(self, wait_s: float = 30.0) -> int:
         """Send what waits, for at most `wait_s`; say what was not sent.
 

@@ -32,6 +32,8 @@ PARENT_TAG = "mlflow.parentRunId"
 NOTE_TAG = "mlflow.note.content"
 TABLES_TAG = "mlflow.loggedArtifacts"
 CURVES_TAG = "curves"
+# Folder of a job's report, among the artifacts of its run and in the results.
+REPORT = "report"
 NOTE_LENGTH = 7500  # of the 8000 characters that MLflow keeps
 POINTS_PER_CALL = 1000
 # Set where the user has not: a dead server is known in seconds, not minutes; nothing is printed or phoned home.
@@ -171,6 +173,18 @@ class RunStore:
         if run.info.status != "FINISHED":
             self.end(run.info.run_id)
 
+    def report(self, record: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+        """Put the files of a report on a job's run, below `report/`.
+
+        Parameters
+        ----------
+        record
+            The job's record.
+        files
+            Name to content.
+        """
+        self._upload(self.job(record), files, REPORT)
+
     def transfer(self, record: Mapping[str, Any], history: pd.DataFrame | None, parent: str | None) -> str:
         """Send one transfer: identity as params and tags, scores as metrics, curves.
 
@@ -289,12 +303,12 @@ class RunStore:
             self.client.log_batch(run.info.run_id, metrics=points[start : start + POINTS_PER_CALL])
         self.client.set_tag(run.info.run_id, CURVES_TAG, mark)
 
-    def _upload(self, run_id: str, files: Mapping[str, bytes]) -> None:
-        """Put files on a run, replacing those of the same name."""
+    def _upload(self, run_id: str, files: Mapping[str, bytes], path: str | None = None) -> None:
+        """Put files on a run, below a path, replacing those of the same name."""
         with tempfile.TemporaryDirectory() as folder:
             for name, data in files.items():
                 Path(folder, name).write_bytes(data)
-            self.client.log_artifacts(run_id, folder)
+            self.client.log_artifacts(run_id, folder, path)
 
 
 def curve_points(history: pd.DataFrame) -> list[Any]:

@@ -9,7 +9,7 @@ import pandas as pd
 from coda_ray.storage import Folder, retrying
 from coda_ray.tracking.figures import figure_png, matrix_figures
 from coda_ray.tracking.records import read_history, read_record, read_records, transfers_frame
-from coda_ray.tracking.store import RunStore
+from coda_ray.tracking.store import REPORT, RunStore
 from coda_ray.tracking.table import job_matrix
 
 
@@ -81,6 +81,7 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
         advance()
     for job in jobs:
         _finish(store, job, frame)
+        _send_report(results, store, job)
         advance()
     return SyncCounts(len(jobs), len(transfers), sent)
 
@@ -103,6 +104,13 @@ def _send_stage(results: Folder, store: RunStore, path: str, parent: str) -> boo
     stage = read_record(results, f"{path}/stage.json")
     store.stage(stage["title"], stage["key"], history, parent)
     return True
+
+
+def _send_report(results: Folder, store: RunStore, job: Mapping[str, Any]) -> None:
+    """Send the report that was written into the results, where there is one."""
+    folder = results.child(f"{REPORT}/{job['key']}")
+    if names := folder.names():
+        store.report(job, {name: folder.read(name) for name in names})
 
 
 def _finish(store: RunStore, job: Mapping[str, Any], frame: pd.DataFrame) -> None:

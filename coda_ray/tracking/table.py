@@ -108,7 +108,7 @@ def matrix_table(transfers: pd.DataFrame, metric: str, granularity: Granularity,
     """
     if metric not in SCORES:
         raise ValueError(f"metric = {metric!r}: choose from {', '.join(SCORES)}")
-    rows = _rows_that_count(transfers[transfers["split"] == split], granularity)
+    rows = rows_that_count(transfers[transfers["split"] == split], granularity)
     _refuse_doubles(rows)
     weight = {"well": "n_wells", "compound": "n_compounds"}.get(metric.partition("_")[0], "n_images")
     rows = rows.assign(weighted=rows[metric] * rows[weight], weight=rows[weight])
@@ -179,7 +179,7 @@ def render_matrix(tidy: pd.DataFrame) -> Table:
     rich.table.Table
         Percent; the last row is the mean over the pairs of different sources that every method was scored on.
     """
-    header, rows, means = _grid(tidy)
+    header, rows, means = grid(tidy)
     title = title_of(tidy)
     table = Table(title=title, min_width=len(title))
     for name in header:
@@ -194,12 +194,12 @@ def render_matrix(tidy: pd.DataFrame) -> Table:
 
 def markdown_matrix(tidy: pd.DataFrame) -> str:
     """Write the table of `render_matrix` in Markdown."""
-    header, rows, means = _grid(tidy)
+    header, rows, means = grid(tidy)
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows, *means]
     return f"**{title_of(tidy)}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _grid(tidy: pd.DataFrame) -> tuple[list[str], list[list[str]], list[list[str]]]:
+def grid(tidy: pd.DataFrame) -> tuple[list[str], list[list[str]], list[list[str]]]:
     """Header, cells and (with several pairs) the row of means of a matrix, as text."""
     methods = shown(tidy["method"].tolist())
     cells = {cell: cell_text(*values) for cell, values in cells_of(tidy).items()}
@@ -212,8 +212,8 @@ def _grid(tidy: pd.DataFrame) -> tuple[list[str], list[list[str]], list[list[str
     return ["source → target", *methods], rows, means
 
 
-def _rows_that_count(transfers: pd.DataFrame, granularity: Granularity) -> pd.DataFrame:
-    """Choose the rows that a matrix is made of; see `matrix_table`."""
+def rows_that_count(transfers: pd.DataFrame, granularity: Granularity) -> pd.DataFrame:
+    """Choose the rows of one split that a matrix is made of; see `matrix_table`."""
     within = transfers["source"] == transfers["target"]
     unadapted = ~transfers["method"].isin(METHODS_PER_UNIT)
     whole = (transfers["granularity"] == "source") & (transfers["scope"] == "whole")

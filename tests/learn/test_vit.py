@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import DropPath
 
-from coda_ray.learn.vit import VitSpec, build_vit, initialise, load_exactly, tokens
+from coda_ray.learn.vit import VitSpec, build_vit, initialise, layer_tokens, load_exactly, tokens
 
 SMALL = VitSpec(name="vit", image_size=32, channels=3, patch=8, width=24, depth=3, heads=2)
 DEIT_S = VitSpec(name="deit_small_patch16_224", image_size=None, channels=3)
@@ -165,3 +165,18 @@ def test_load_exactly_takes_a_state_that_fits() -> None:
     a, b = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
     load_exactly(b, a.state_dict(), "a")
     assert torch.equal(a.weight, b.weight)
+
+
+def test_layer_tokens_are_what_each_block_puts_out() -> None:
+    vit = build_vit(SMALL, drop_path=0.0).eval()
+    images, seen = torch.randn(2, 3, 32, 32), []
+    for block in vit.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    final = tokens(vit, images)
+    expected = seen[:3]
+    found = layer_tokens(vit, images)
+    assert [block.shape for block in found] == [(2, 17, 24)] * 3
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(vit.norm(found[-1]), final)
+    assert [block.shape for block in layer_tokens(vit, torch.randn(2, 3, 16, 16))] == [(2, 5, 24)] * 3

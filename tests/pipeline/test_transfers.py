@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 
-from coda_ray.config import Config
+from coda_ray.config import Config, ConfigError
 from coda_ray.pipeline import data
 from coda_ray.pipeline.data import DataError
 from coda_ray.pipeline.evaluate import evaluate, predictions_of
@@ -196,3 +196,8 @@ def test_the_matrix_lists_every_cell_once():
     cells = requests_of(Config.model_validate({"matrix": matrix}))
     assert len(cells) == len(set(cells)) == 2 * 2 * 2 + 2 * 2 * 2
     assert Request("a", "a", "dual-cb", "plate", 1) in cells
+
+
+def test_an_empty_list_of_the_matrix_is_told():
+    with pytest.raises(ConfigError, match=r"matrix\.targets is empty; name at least one"):
+        requests_of(Config.model_validate({"matrix": {"sources": ["a"]}}))

@@ -345,3 +345,21 @@ def test_what_the_user_set_is_kept(monkeypatch, tmp_path):
     open_client(f"sqlite:///{tmp_path}/mlflow.db")
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == ENVIRONMENT["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]
+
+
+def test_a_report_is_on_the_jobs_run_now_and_by_sync(results, store):
+    (job,) = read_records(results, "jobs")
+    sync(results, store)
+    (run,) = runs_by_kind(store)["job"]
+    tracker = Tracker(store)
+    tracker.report(job, {"report.html": b"<html>", "a.csv": b"1"})
+    assert tracker.close(WAIT_S) == 0
+    assert [file.path for file in store.client.list_artifacts(run.info.run_id, "report")] == [
+        "report/a.csv",
+        "report/report.html",
+    ]
+    results.write(f"report/{job['key']}/later.csv", b"2")
+    sync(results, store)
+    (run,) = runs_by_kind(store)["job"]
+    assert run.info.status == "FINISHED"
+    assert "report/later.csv" in [file.path for file in store.client.list_artifacts(run.info.run_id, "report")]

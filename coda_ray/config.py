@@ -392,6 +392,9 @@ class Adapt(Optimisation):
     minibatch_unit: int | None = Field(None, ge=1)
     """Samples per step when a batch or a plate is adapted to (64 in the paper); unset: as minibatch. The number of steps is
     counted by minibatch at every granularity."""
+    unit: str = Field("all", min_length=1)
+    """Which batches or plates are adapted to, one after the other: `all`, `random` (one, drawn by the seed), or one by its name.
+    Each is scored on itself and on the whole target."""
     no_partner: Literal["error", "same-image"] = "error"
     """A compound that has no tile in another batch: stop before training, or pair the tile with itself."""
     partner_pool: Literal["source", "unit"] = "source"

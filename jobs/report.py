@@ -1,4 +1,7 @@
-"""Write the report of a matrix: one page with every table and figure, and the files behind it. It trains nothing."""
+"""Write the report of a matrix: one page with every table and figure, and the files behind it. It trains nothing.
+
+What is not finished is named on the page; the exit code is 1 where a stage of the report itself failed.
+"""
 
 import sys
 
@@ -22,7 +25,7 @@ def main() -> int:
     with told_in_one_line("jobs/report.py"):
         written = write_report(job, out, lambda line: print(line, flush=True))
     print(f"{written.files} files{'' if written.fresh else ', there already'}: {written.address}")
-    return 0
+    return int(written.failed > 0)
 
 
 if __name__ == "__main__":

@@ -13,38 +13,6 @@ from sklearn.preprocessing import StandardScaler
 HARMONY_ROWS_PER_CLUSTER = 30
 
 
-def standardise(features: NDArray[np.floating[Any]], groups: NDArray[Any]) -> NDArray[np.float32]:
-    """Give every feature zero mean and unit standard deviation within each group, such as a plate.
-
-    The usual first step of Cell Painting profiles (Caicedo et al., Nature Methods 2017, "Data-analysis strategies for
-    image-based cell profiling", normalization), on all images of a plate.
-
-    Parameters
-    ----------
-    features
-        (N, D) embeddings.
-    groups
-        (N,) strings or integers.
-
-    Returns
-    -------
-    ndarray
-        (N, D) float32. The standard deviation divides by the count; a feature that is constant in a group becomes 0.
-
-    Raises
-    ------
-    ValueError
-        When shapes disagree, there is no row or a feature is not finite.
-    """
-    rows = _finite_rows(features)
-    _check_names("groups", groups, rows)
-    result = np.empty(rows.shape, dtype=np.float32)
-    for group in np.unique(groups):
-        inside = np.asarray(groups) == group
-        result[inside] = StandardScaler().fit_transform(rows[inside])
-    return result
-
-
 @dataclass(frozen=True)
 class Sphering:
     """Whitening that leaves untreated wells no preferred direction.

@@ -45,8 +45,17 @@ class DualModel(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map images (B, C, S, S) to logits (B, n_classes) and the extractor's CLS tokens (B, D)."""
-        features = tokens(self.extractor, images)  # without a graph, as long as the extractor is frozen
+        features = self.features(images)
         return self.classify(features), features[:, 0]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.extractor.embed_dim
+
+    def features(self, images: Tensor) -> Tensor:
+        """Map images (B, C, S, S) to the extractor's tokens (B, 1 + N, D), without a graph as long as it is frozen."""
+        return tokens(self.extractor, images)
 
     def classify(self, features: Tensor) -> Tensor:
         """Map an extractor's tokens (B, 1 + N, D) to logits (B, n_classes)."""

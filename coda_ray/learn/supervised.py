@@ -1,5 +1,7 @@
 """The supervised model: one transformer and a linear layer on its CLS token."""
 
+from typing import cast
+
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -25,5 +27,18 @@ class SupervisedModel(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map images (B, C, S, S) to logits (B, n_classes) and CLS tokens (B, D)."""
-        cls = tokens(self.vit, images)[:, 0]
-        return self.head(cls), cls
+        features = self.features(images)
+        return self.classify(features), features[:, 0]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.vit.embed_dim
+
+    def features(self, images: Tensor) -> Tensor:
+        """Map images (B, C, S, S) to the transformer's tokens (B, 1 + N, D)."""
+        return tokens(self.vit, images)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Map a transformer's tokens (B, 1 + N, D) to logits (B, n_classes)."""
+        return cast(Tensor, self.head(features[:, 0]))

@@ -13,7 +13,7 @@ import pandas as pd
 import ray.train
 from numpy.typing import NDArray
 
-from coda_ray.analysis.corrections import LinearProbe, Sphering, harmony, standardise
+from coda_ray.analysis.corrections import LinearProbe, Sphering, harmony
 from coda_ray.config import Config, ConfigError, Granularity
 from coda_ray.jump.tables import CONTROL, NEGATIVE_CONTROL
 from coda_ray.pipeline import data
@@ -24,7 +24,7 @@ from coda_ray.storage import Folder
 from coda_ray.tiles.store import UNIT_COLUMNS, TileIndex
 from coda_ray.training.loop import Report
 
-Correction = Literal["probe", "standardise", "sphering", "harmony"]
+Correction = Literal["probe", "sphering", "harmony"]
 Rows = NDArray[np.float32]
 
 
@@ -60,7 +60,6 @@ def correct(
     A multinomial logistic regression is trained once, on the source's features, corrected in the same manner as the target's:
 
     - `probe`: not corrected; what the linear classifier does by itself;
-    - `standardise`: every feature to zero mean and unit standard deviation, plate by plate;
     - `sphering`: typical variation normalisation, fitted on the DMSO images of the unit (of the source: on its own);
     - `harmony`: source and unit together, batch by batch; only images of the unit get a prediction.
 
@@ -151,9 +150,6 @@ def correct_loop(config: Mapping[str, Any]) -> dict[str, Any]:
 def _corrected(run: CorrectionRun, known: pd.DataFrame, wanted: pd.DataFrame, inside: NDArray[np.bool_]) -> tuple[Rows, Rows]:
     """Correct the features of the source and of the target, each (N, D)."""
     ours, theirs = (frame.filter(like=FEATURE).to_numpy(np.float32) for frame in (known, wanted))
-    if run.method == "standardise":
-        plates = [(frame["Metadata_Batch"] + "/" + frame["Metadata_Plate"]).to_numpy(str) for frame in (known, wanted)]
-        return standardise(ours, plates[0]), standardise(theirs, plates[1])
     if run.method == "sphering":
         epsilon = run.config.baselines.sphering_epsilon
         controls = ours[_untreated(known, run.title)], theirs[inside & _untreated(wanted, run.title)]

@@ -257,6 +257,24 @@ def target_tiles(config: Config, source: str, target: str) -> TileIndex:
     return seen(config, source, load_tiles(config, target))
 
 
+def units_of(config: Config, target: str, granularity: Granularity, seed: int) -> list[str]:
+    """Choose the units of a target that are adapted to, by `adapt.unit`.
+
+    Raises
+    ------
+    DataError
+        When the target has no unit of that name.
+    """
+    units, wanted = load_tiles(config, target).units(granularity), config.adapt.unit
+    if wanted == "all":
+        return units
+    if wanted == "random":
+        return [units[np.random.default_rng(seed).integers(len(units))]]
+    if wanted not in units:
+        raise DataError(f"adapt.unit = {wanted!r}: {target} has no such {granularity}; it has {', '.join(units)}")
+    return [wanted]
+
+
 def adaptation_tiles(config: Config, source: str, target: str, granularity: Granularity, unit: str) -> UnlabelledTiles:
     """Tiles of one unit of a target that a model of a source may adapt to, with partners from `adapt.partner_pool`.
 

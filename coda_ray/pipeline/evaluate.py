@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -23,11 +23,13 @@ from torch import Tensor
 from coda_ray.config import Config
 from coda_ray.jump.layout import METADATA
 from coda_ray.learn.dual import DualModel
+from coda_ray.learn.moments import align
 from coda_ray.learn.precision import choose_precision
 from coda_ray.learn.supervised import SupervisedModel
 from coda_ray.learn.ttt import TttRecipe, adapt_each
 from coda_ray.learn.vit import load_exactly, tokens
 from coda_ray.pipeline import networks
+from coda_ray.pipeline.moments import moments_of_all, moments_of_tiles
 from coda_ray.pipeline.stage import Stage, Workload, settings_of
 from coda_ray.pipeline.train_stages import Made, load_model, stage_tensors
 from coda_ray.storage import Folder, open_place
@@ -38,6 +40,7 @@ from coda_ray.training.loop import Report
 PROBABILITY = "probability_"
 FEATURE = "feature_"
 TILE_ID = list(METADATA)
+Forward = Callable[[Tensor, NDArray[np.int64]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class EvaluationRun:
     classifier: Stage
     adapted: Stage | None
     autoencoder: Stage | None
+    standardised: tuple[Stage, Stage] | None
     seed: int
 
 
@@ -62,6 +66,7 @@ def evaluate(
     adapted: Stage | None = None,
     *,
     autoencoder: Stage | None = None,
+    standardised: tuple[Stage, Stage] | None = None,
     seed: int = 0,
 ) -> Stage:
     """Plan the predictions of one model for some tiles.
@@ -81,8 +86,11 @@ def evaluate(
     autoencoder
         A pre-training of a masked autoencoder, which then learns every image by itself before the classifier sees it
         (test-time training).
+    standardised
+        Moments of the model's tokens on the source and on the tiles: each plate's tokens are moved to the source's moments
+        before the classifier sees them (`learn.moments.align`).
     seed
-        Seed of its masks.
+        Seed of the autoencoder's masks.
     """
     tiles = index.without_labels()
     inputs: dict[str, Any] = {"tiles": tiles.fingerprint, "views": settings_of(config.views), "precision": config.train.precision}
@@ -92,8 +100,10 @@ def evaluate(
     if autoencoder:
         inputs |= {"ttt": settings_of(config.ttt, exclude={"images_at_once"}), "mae": settings_of(config.mae), "seed": seed}
         title = title.replace(classifier.title, f"ttt of {classifier.title}")
-    needs = tuple(filter(None, (classifier, adapted, autoencoder)))
-    make = partial(_make, config, tiles, title, classifier, adapted, autoencoder, seed)
+    if standardised:
+        title = title.replace(classifier.title, f"standardised {classifier.title}")
+    needs = tuple(filter(None, (classifier, adapted, autoencoder, *(standardised or ()))))
+    make = partial(_make, config, tiles, title, classifier, adapted, autoencoder, standardised, seed)
     workload = Workload(
         "ttt" if autoencoder else "inference",
         source=tiles.units("source")[0],
@@ -171,12 +181,13 @@ def _make(
     classifier: Stage,
     adapted: Stage | None,
     autoencoder: Stage | None,
+    standardised: tuple[Stage, Stage] | None,
     seed: int,
     folder: Folder,
     report: Report | None,
 ) -> Made:
     """Describe an evaluation to the worker loop; it has no curve to report."""
-    return evaluate_loop, EvaluationRun(title, folder, config, index, classifier, adapted, autoencoder, seed)
+    return evaluate_loop, EvaluationRun(title, folder, config, index, classifier, adapted, autoencoder, standardised, seed)
 
 
 def evaluate_loop(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,7 +213,7 @@ def evaluate_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     start = _parts_done(run, rank, world)
     model = load_model(run.config, run.classifier, run.adapted, len(run.index.channels)).to(device).eval()
     outputs = infer(
-        _test_time_training(run, model, device) if run.autoencoder else partial(_as_it_is, model),
+        _forward(run, model, device),
         run.index,
         crop=run.config.views.tile_crop,
         size=run.config.views.size_global,
@@ -243,6 +254,13 @@ def _part_names(run: EvaluationRun) -> list[str]:
     return sorted(name for name in run.folder.names("parts") if name.endswith(".parquet"))
 
 
+def _forward(run: EvaluationRun, model: SupervisedModel | DualModel, device: torch.device) -> Forward:
+    """Choose how the model reads images."""
+    if run.autoencoder:
+        return _test_time_training(run, model, device)
+    return _standardised(run, model, device) if run.standardised else partial(_as_it_is, model)
+
+
 def _as_it_is(model: SupervisedModel | DualModel, views: Tensor, rows: NDArray[np.int64]) -> Tensor:
     """Predict with the model, whatever the rows."""
     return _side_by_side(*model(views))
@@ -253,9 +271,20 @@ def _side_by_side(logits: Tensor, cls: Tensor) -> Tensor:
     return torch.cat([logits.float().softmax(1), cls.float()], 1)
 
 
-def _test_time_training(
-    run: EvaluationRun, model: SupervisedModel | DualModel, device: torch.device
-) -> Callable[[Tensor, NDArray[np.int64]], Tensor]:
+def _standardised(run: EvaluationRun, model: SupervisedModel | DualModel, device: torch.device) -> Forward:
+    """Move each plate's tokens to the source's moments; then the same as `_as_it_is`."""
+    of_source, of_plates = cast(tuple[Stage, Stage], run.standardised)
+    wanted = moments_of_all(run.config, of_source).to(device)
+    own = moments_of_tiles(run.config, of_plates, run.index)
+
+    def read(views: Tensor, rows: NDArray[np.int64]) -> Tensor:
+        features = align(model.features(views), own.rows(torch.from_numpy(rows)).to(device), wanted)
+        return _side_by_side(model.classify(features), features[:, 0])
+
+    return read
+
+
+def _test_time_training(run: EvaluationRun, model: SupervisedModel | DualModel, device: torch.device) -> Forward:
     """Let the autoencoder learn each image by itself; then the same as `_as_it_is`, with the adapted encoder."""
     if not isinstance(model, DualModel) or run.autoencoder is None:
         raise TypeError(f"{run.classifier.title}: test-time training needs a dual model on a masked autoencoder")

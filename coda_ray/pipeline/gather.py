@@ -42,6 +42,8 @@ from coda_ray.tracking.table import job_matrix, rows_that_count
 
 REMEDY = "python jobs/matrix.py --config ..."
 SHOWN_CHANNELS = 3
+# Compared besides each method with the model that it starts from: the paper's claims, and corrections without and with a change.
+RIVALS: list[tuple[Method, Method]] = [("coda", "supervised"), ("coda", "oda"), ("sphering", "probe"), ("harmony", "probe")]
 WELL = ["Metadata_Batch", "Metadata_Plate", "Metadata_Well"]
 Say = Callable[[str], None]
 
@@ -88,12 +90,15 @@ class Written:
         Whether it was written now; False where the same report was there.
     unfinished
         How many stages of the matrix, and stages of the report itself, could not be shown.
+    failed
+        How many of the report's own stages ran now and failed.
     """
 
     address: str
     files: int
     fresh: bool
     unfinished: int
+    failed: int
 
 
 def write_report(config: Config, out: Folder | None, say: Say) -> Written:
@@ -126,7 +131,8 @@ def write_report(config: Config, out: Folder | None, say: Say) -> Written:
     folder = out or results.child(f"{REPORT}/{job['key']}")
     unfinished = [stage for stage in stages if stage.facts(results) is None]
     notes, shown = _shown(config, results)
-    notes += _draw(config, results, shown, say)
+    failures = _draw(config, results, shown, say)
+    notes += failures
     scored = {transfer.key for transfer in transfers if len(transfer.index)}
     records = [record for record in read_records(results, "transfers") if record["key"] in scored]
     key = content_key(
@@ -142,7 +148,7 @@ def write_report(config: Config, out: Folder | None, say: Say) -> Written:
     )
     told = _told(folder)
     if told.get("key") == key:
-        return Written(folder.address(PAGE), len(told["files"]), fresh=False, unfinished=len(unfinished) + len(notes))
+        return Written(folder.address(PAGE), len(told["files"]), False, len(unfinished) + len(notes), len(failures))
     say(f"gathering {len(records)} transfers")
     frame = transfers_frame(records)
     found = Findings(
@@ -166,7 +172,7 @@ def write_report(config: Config, out: Folder | None, say: Say) -> Written:
         folder.delete(name)
     folder.write("report.json", json.dumps({"key": key, "files": sorted(written)}, indent=1).encode())
     _send(config, results, job, written)
-    return Written(folder.address(PAGE), len(written), fresh=True, unfinished=len(unfinished) + len(notes))
+    return Written(folder.address(PAGE), len(written), True, len(unfinished) + len(notes), len(failures))
 
 
 def _job(config: Config, results: Folder, key: str) -> dict[str, Any]:
@@ -373,10 +379,10 @@ def _differences(config: Config, transfers: Sequence[Transfer], frame: pd.DataFr
 
 
 def _comparisons(config: Config) -> list[tuple[Method, Method]]:
-    """Pair each method with the model that it starts from, and CODA with ODA."""
+    """Pair each method with the model that it starts from, and some with each other."""
     chosen = [method for method in get_args(Method) if method in config.matrix.methods]
     pairs = [(method, unadapted(config, method)) for method in chosen if unadapted(config, method) != method]
-    return [*pairs, ("coda", "oda")] if {"coda", "oda"} <= set(chosen) else pairs
+    return pairs + [pair for pair in RIVALS if set(pair) <= set(chosen)]
 
 
 def _compared(

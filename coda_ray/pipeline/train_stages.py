@@ -230,8 +230,8 @@ def _inputs(config: Config, optimisation: Optimisation, seed: int, *sections: st
     chosen: dict[str, Any] = {name: settings_of(getattr(config, name), exclude={"extractor"}) for name in names}
     if config.model.init.endswith(".safetensors"):
         chosen["weights"] = {"sha256": _sha256(config.model.init)}
-    # `minibatch` holds what counts.
-    rates = settings_of(optimisation, exclude={"minibatch_unit"})
+    # `minibatch` holds what counts, and the unit stands for itself.
+    rates = settings_of(optimisation, exclude={"minibatch_unit", "unit"})
     return {**chosen, "optimisation": rates, "seed": seed, "precision": config.train.precision}
 
 

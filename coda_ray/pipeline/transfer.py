@@ -13,6 +13,7 @@ from coda_ray.config import METHODS_PER_UNIT, Config, Granularity, Method, Split
 from coda_ray.pipeline import data
 from coda_ray.pipeline.correct import Correction, correct
 from coda_ray.pipeline.evaluate import PROBABILITY, TILE_ID, evaluate, predictions_of
+from coda_ray.pipeline.moments import moments
 from coda_ray.pipeline.profile import profile
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.train_stages import CONTINUED_BY, MODEL_ON, Pretraining, adapt, classify, pretrain, tent
@@ -20,7 +21,7 @@ from coda_ray.storage import Folder
 from coda_ray.tiles.store import COMPOUND, UNIT_COLUMNS, TileIndex, content_key
 from coda_ray.tracking.records import FEATURE_SCORES
 
-BASELINES: frozenset[str] = frozenset({*get_args(Correction), "tent"})
+BASELINES: frozenset[str] = frozenset({"standardise", *get_args(Correction), "tent"})
 BOOTSTRAP_SEED = 0
 PRETRAINING: dict[Method, Pretraining] = {model: objective for objective, model in MODEL_ON.items()}
 UNADAPTED: dict[Method, Method] = {
@@ -127,7 +128,7 @@ def plan(config: Config, request: Request) -> list[Transfer]:
         after, _ = _treated(config, request, model, index, base, "source", request.target)
         return [*found, whole(request.method, "source", request.target, after, None)]
     granularity = request.granularity
-    for unit in index.units(granularity):
+    for unit in data.units_of(config, request.target, granularity, request.seed):
         after, trained = _treated(config, request, model, index, base, granularity, unit)
         # Harmony corrects the images that it was fitted to, and no others.
         if granularity == "source" or request.method != "harmony":
@@ -155,9 +156,13 @@ def _treated(
     method, seed = request.method, request.seed
     if method == "ttt":
         return evaluate(config, index, request.target, model.classifier, autoencoder=model.extractor, seed=seed), None
+    known, named = data.training_tiles(config, request.source), f"the training tiles of {request.source}"
+    if method == "standardise":
+        seen = data.target_tiles(config, request.source, request.target)
+        both = moments(config, known, named, model.classifier), moments(config, seen, request.target, model.classifier)
+        return evaluate(config, index, request.target, model.classifier, standardised=both), None
     if method in get_args(Correction):
-        known = data.training_tiles(config, request.source)
-        before = evaluate(config, known, f"the training tiles of {request.source}", model.classifier)
+        before = evaluate(config, known, named, model.classifier)
         correction = cast(Correction, method)
         stage = correct(config, correction, model.classifier, before, base, granularity=granularity, unit=unit, seed=seed)
         return stage, None

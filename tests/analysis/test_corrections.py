@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from coda_ray.analysis.corrections import LinearProbe, Sphering, harmony, standardise
+from coda_ray.analysis.corrections import LinearProbe, Sphering, harmony
 
 
 def correlated(rng, rows, width):
@@ -23,29 +23,6 @@ def batch_shift(features, clusters, batches):
         centre = features[clusters == c].mean(axis=0)
         gaps += [np.linalg.norm(features[(clusters == c) & (batches == b)].mean(axis=0) - centre) for b in set(batches)]
     return np.mean(gaps)
-
-
-def test_standardise_equals_plain_loops_over_plates():
-    rng = np.random.default_rng(0)
-    plates = rng.choice(["p1", "p2", "p3"], size=50)
-    features = correlated(rng, 50, 6).astype(np.float32)
-    features[plates == "p2", 4] = 0.1  # whose float64 mean is not 0.1
-    expected = np.zeros((50, 6))
-    for plate in ("p1", "p2", "p3"):
-        rows = [i for i in range(50) if plates[i] == plate]
-        for d in range(6):
-            values = [float(features[i, d]) for i in rows]
-            mean = sum(values) / len(values)
-            std = (sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5
-            for i in rows:
-                expected[i, d] = 0.0 if d == 4 and plate == "p2" else (float(features[i, d]) - mean) / std
-    found = standardise(features, plates)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-def test_standardise_leaves_a_plate_of_one_image_at_zero():
-    assert not standardise(np.array([[1.0, -2.0]]), np.array([7])).any()
 
 
 @pytest.mark.parametrize("regularisation", [0.0, 0.3])
@@ -127,12 +104,10 @@ def test_the_probe_is_a_logistic_regression_with_a_column_for_every_class():
 
 def test_wrong_input_is_refused():
     rows, names = np.ones((3, 2)), np.array(["a", "b", "b"])
-    with pytest.raises(ValueError, match=r"groups \(2,\) and features \(3, 2\)"):
-        standardise(rows, names[:2])
     with pytest.raises(ValueError, match="not finite"):
-        standardise(rows * np.nan, names)
+        Sphering.fit(rows * np.nan)
     with pytest.raises(ValueError, match=r"features \(0, 2\) must be \(N, D\)"):
-        standardise(rows[:0], names[:0])
+        Sphering.fit(rows[:0])
     with pytest.raises(ValueError, match="two controls or more, it has 1"):
         Sphering.fit(rows[:1])
     with pytest.raises(ValueError, match="3 controls are all alike"):

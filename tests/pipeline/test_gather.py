@@ -43,6 +43,11 @@ def changed(config, **sections):
     return config.model_copy(update=update)
 
 
+def smaller(config):
+    """The same matrix without its batches and its held-out compounds: few figures to draw."""
+    return changed(config, matrix={"granularities": ["source"], "splits": ["plate"]})
+
+
 @pytest.fixture(scope="module")
 def config(ray_cluster, tmp_path_factory):
     """A finished matrix of one source and two targets, one with a model of its own; the report is not written yet."""
@@ -74,6 +79,7 @@ def test_every_table_and_figure_is_there(report):
     written, folder, page, said = report
     assert written.fresh
     assert not written.unfinished
+    assert not written.failed
     assert any("layers of" in line for line in said)
     for split in ("", "-compounds"):
         for granularity in ("source", "batch"):
@@ -181,7 +187,10 @@ def test_the_report_goes_where_it_is_asked_to(config, report, monkeypatch, capsy
 def test_stages_that_are_not_finished_are_named_and_not_run(config, report, tmp_path):
     shutil.copytree(config.results.address, tmp_path / "results")
     elsewhere = Config.model_validate({**config.model_dump(mode="json"), "results": {"address": str(tmp_path / "results")}})
+    elsewhere = changed(elsewhere, report={"pairs": [("a", "b"), ("a", "c")]})
     results = open_place(elsewhere.results)
+    damaged = plan(elsewhere, Request("a", "c", "coda", "source", 0))[-1].trained
+    results.write(f"{damaged.path}/model.safetensors", b"damaged")
     transfer = plan(elsewhere, Request("a", "b", "coda", "source", 0))[-1]
     lost = [transfer.trained, transfer.evaluation, transfer.profile]
     for stage in lost:
@@ -190,8 +199,10 @@ def test_stages_that_are_not_finished_are_named_and_not_run(config, report, tmp_
     written = write_report(elsewhere, None, lambda line: None)
     page = Page(open_place(elsewhere.results).read(f"report/{results.names('report')[0]}/{PAGE}").decode())
     assert written.fresh
+    assert written.failed == 1
     text = " ".join(page.text)
-    assert "unfinished" in page.names
+    assert "DamagedFileError" in text
+    assert {"figure-5-map-a-c", "unfinished"} <= set(page.names)
     assert all(stage.title in page.text for stage in lost)
     assert "make it" in text
     assert f"Map (figure 5) of a → b: not finished: {transfer.evaluation.title}." in text
@@ -212,22 +223,24 @@ def test_a_matrix_that_was_never_run_has_a_report_too(config, tmp_path):
     assert not (tmp_path / "results" / "jobs").exists()
 
 
+def linked(folder):
+    """Names that the page of a report links."""
+    return {name for name in Page(folder.read(PAGE).decode()).addresses if not name.startswith(("data:", "#"))}
+
+
 def test_files_of_an_older_report_do_not_stay(config, report, tmp_path):
-    out = open_place(Place(address=str(tmp_path)))
-    for method in ("oda", "coda"):
-        write_report(changed(config, report={"method": method, "pairs": [("a", "b")]}), out, lambda line: None)
-    page = Page(out.read(PAGE).decode())
-    linked = {address for address in page.addresses if not address.startswith(("data:", "#"))}
-    assert set(out.names()) == {PAGE, "report.json"} | linked
+    out, config = open_place(Place(address=str(tmp_path))), smaller(config)
+    write_report(changed(config, report={"method": "oda", "pairs": [("a", "b")]}), out, lambda line: None)
+    assert set(out.names()) == {PAGE, "report.json"} | linked(out)
     out.write("report.json", json.dumps({"key": "older", "files": ["figure-9.png"]}).encode())
     out.write("figure-9.png", b"stale")
     out.write("mine.txt", b"kept")
     assert write_report(config, out, lambda line: None).fresh
-    assert set(out.names()) == {PAGE, "report.json", "mine.txt"} | linked
+    assert set(out.names()) == {PAGE, "report.json", "mine.txt"} | linked(out)
 
 
 def test_the_target_s_own_model_is_asked_for_where_it_is_missing(config, report):
-    only = changed(config, report={"pairs": [("a", "c")]})
+    only = changed(smaller(config), report={"pairs": [("a", "c")]})
     written = write_report(only, open_place(config.results).child("to-c"), lambda line: None)
     text = " ".join(Page(Path(written.address).read_text()).text)
     assert "no model that was pre-trained on c; add it to matrix.sources" in text

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.preprocessing import StandardScaler
 
 from coda_ray.analysis.corrections import LinearProbe, Sphering
 from coda_ray.config import METHODS_PER_UNIT, Config, ConfigError, Method
@@ -20,6 +19,7 @@ from coda_ray.learn.vit import tokens
 from coda_ray.pipeline import data, networks
 from coda_ray.pipeline.evaluate import embeddings_of, predictions_of
 from coda_ray.pipeline.matrix import run_transfers
+from coda_ray.pipeline.moments import moments_of_tiles
 from coda_ray.pipeline.train_stages import load_model, stage_tensors
 from coda_ray.pipeline.transfer import Request, plan, score, stages_of, unadapted
 from coda_ray.storage import open_place
@@ -79,18 +79,13 @@ def test_units_are_scored_on_themselves_and_on_the_whole_where_a_method_can(fini
     assert (rows.loc[rows["scope"] == "adapted", "n_images"] == 24).all()
 
 
-@pytest.mark.parametrize("method", ["probe", "standardise", "sphering"])
+@pytest.mark.parametrize("method", ["probe", "sphering"])
 def test_a_correction_is_what_one_does_by_hand(finished, method):
     config, _ = finished
     stage = planned(config, method)[-1].evaluation
     source, target = stage.needs
     known, wanted = embeddings_of(config, source), embeddings_of(config, target)
     ours, theirs = (frame.filter(like="feature_").to_numpy(np.float64, copy=True) for frame in (known, wanted))
-    if method == "standardise":
-        for frame, rows in ((known, ours), (wanted, theirs)):
-            for plate in frame["Metadata_Plate"].unique():
-                inside = (frame["Metadata_Plate"] == plate).to_numpy()
-                rows[inside] = StandardScaler().fit_transform(rows[inside])
     if method == "sphering":
         ours, theirs = (
             Sphering.fit(rows[(frame[COMPOUND] == "DMSO").to_numpy()], regularisation=0.5).transform(rows)
@@ -103,6 +98,43 @@ def test_a_correction_is_what_one_does_by_hand(finished, method):
     probe = LinearProbe.fit(ours[codes >= 0], codes[codes >= 0].astype(np.int64), len(classes))
     found = predictions_of(config, stage).filter(like="probability_").to_numpy()
     np.testing.assert_allclose(found, probe.probabilities(theirs), atol=2e-3)
+
+
+def test_standardised_tokens_reach_the_frozen_classifier(finished):
+    config, _ = finished
+    stage = planned(config, "standardise")[-1].evaluation
+    model = load_model(config, stage.needs[0], None, 2).eval()
+
+    def seen(index):
+        views = evaluation_view(torch.from_numpy(np.stack(read_tiles(index, np.arange(len(index)), 32))), 24)
+        with torch.no_grad():
+            return tokens(model.extractor, views), index.frame["Metadata_Plate"].to_numpy()
+
+    def spread(part):
+        return part.mean(dim=(0, 1)), part.std(dim=(0, 1), correction=0)
+
+    source, _ = seen(data.training_tiles(config, "a"))
+    target, plates = seen(data.load_tiles(config, "b"))
+    moved = target.clone()
+    for plate in set(plates):
+        for kind in (slice(0, 1), slice(1, None)):
+            inside = torch.from_numpy(plates == plate)
+            (own_mean, own_std), (mean, std) = spread(target[inside, kind]), spread(source[:, kind])
+            moved[inside, kind] = (target[inside, kind] - own_mean) / own_std * std + mean
+    with torch.no_grad():
+        expected = model.classify(moved).softmax(1).numpy()
+        as_it_is = model.classify(target).softmax(1).numpy()
+    found = predictions_of(config, stage).filter(like="probability_").to_numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(found - as_it_is).max() > 1e-3
+    np.testing.assert_allclose(embeddings_of(config, stage).filter(like="feature_"), moved[:, 0], atol=1e-4)
+
+
+def test_a_plate_without_moments_cannot_be_standardised(finished):
+    config, _ = finished
+    *_, of_target = planned(config, "standardise")[-1].evaluation.needs
+    with pytest.raises(data.DataError, match=r"moments of .*: no readable tile of plate b0/ab0p0"):
+        moments_of_tiles(config, of_target, data.load_tiles(config, "a"))
 
 
 def test_test_time_training_is_one_image_at_a_time(finished):

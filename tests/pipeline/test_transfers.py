@@ -60,6 +60,25 @@ def test_every_unit_is_scored_before_and_after_on_itself_and_on_the_whole(finish
     assert set(outcome.transfers["steps"]) == {0, 4}
 
 
+def test_one_unit_is_named_or_drawn_by_the_seed(finished):
+    config, requests, _ = finished
+    everything = {transfer.key for transfer in plan(config, requests[0])}
+
+    def chosen(unit, seed=0):
+        only = config.model_copy(update={"adapt": config.adapt.model_copy(update={"unit": unit})})
+        return [t for t in plan(only, Request("a", "b", "coda", "batch", seed)) if t.identity["granularity"] == "batch"]
+
+    named = chosen("b1")
+    assert {(t.identity["unit"], t.identity["scope"]) for t in named} == {("b1", "adapted"), ("b1", "whole")}
+    assert {t.key for t in named} < everything
+    drawn = [{t.identity["unit"] for t in chosen("random", seed)} for seed in range(8)]
+    assert drawn == [{t.identity["unit"] for t in chosen("random", seed)} for seed in range(8)]
+    assert set.union(*drawn) == {"b0", "b1"}
+    assert all(len(units) == 1 for units in drawn)
+    with pytest.raises(DataError, match=r"adapt.unit = 'b9': b has no such batch; it has b0, b1"):
+        chosen("b9")
+
+
 def test_scores_are_those_of_the_stored_predictions(finished):
     config, requests, outcome = finished
     results = open_place(config.results)

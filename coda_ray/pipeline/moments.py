@@ -1,0 +1,173 @@
+"""The stage that measures tokens: their mean and spread on every plate, for standardisation before a frozen classifier."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from coda_ray.config import Config
+from coda_ray.learn.moments import Moments, token_sums
+from coda_ray.learn.precision import choose_precision
+from coda_ray.pipeline.data import DataError
+from coda_ray.pipeline.stage import Stage, Workload, settings_of
+from coda_ray.pipeline.train_stages import Made, load_model
+from coda_ray.storage import Folder, open_place
+from coda_ray.tiles.store import TileIndex
+from coda_ray.training.checkpoints import read_tensors, write_tensors
+from coda_ray.training.infer import infer
+from coda_ray.training.loop import Report
+
+SUMS = "sums.safetensors"
+
+
+@dataclass(frozen=True)
+class MomentsRun:
+    """What a worker needs to know; picklable, without weights."""
+
+    title: str
+    folder: Folder
+    config: Config
+    index: TileIndex
+    classifier: Stage
+
+
+def moments(config: Config, index: TileIndex, what: str, classifier: Stage) -> Stage:
+    """Plan the moments of a model's tokens on every plate of some tiles; no label is read.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    index
+        The tiles.
+    what
+        Name of the tiles, for people.
+    classifier
+        The labelled stage of the model.
+    """
+    tiles = index.without_labels()
+    inputs: dict[str, Any] = {"tiles": tiles.fingerprint, "views": settings_of(config.views), "precision": config.train.precision}
+    title = f"moments of {classifier.title} on {what}"
+    workload = Workload(
+        "inference",
+        source=tiles.units("source")[0],
+        plates=len(tiles.units("plate")),
+        tiles=len(tiles),
+        steps=-(-len(tiles) // config.evaluate.minibatch),
+        minibatch=config.evaluate.minibatch,
+        samples=len(tiles),
+    )
+    return Stage("moments", title, inputs, partial(_make, config, title, tiles, classifier), (classifier,), workload)
+
+
+def moments_of_all(config: Config, stage: Stage) -> Moments:
+    """Read the moments over all plates of a finished stage, (2, D)."""
+    tensors, _ = _read(config, stage)
+    return Moments.of(tensors["sums"].sum(0), tensors["count"].sum())
+
+
+def moments_of_tiles(config: Config, stage: Stage, index: TileIndex) -> Moments:
+    """Read, for each tile of an index, the moments of its plate, (N, 2, D).
+
+    Raises
+    ------
+    DataError
+        When the stage did not see a plate of the index.
+    """
+    tensors, plates = _read(config, stage)
+    known = {plate: number for number, plate in enumerate(plates)}
+    names = plate_names(index)
+    missing = sorted(set(names) - known.keys())
+    if missing:
+        raise DataError(f"{stage.title}: no readable tile of plate {missing[0]}, so it cannot be standardised")
+    codes = torch.tensor([known[name] for name in names])
+    return Moments.of(tensors["sums"], tensors["count"]).rows(codes)
+
+
+def plate_names(index: TileIndex) -> NDArray[np.str_]:
+    """Name each tile's plate, (N,)."""
+    frame = index.frame
+    return (frame["Metadata_Batch"] + "/" + frame["Metadata_Plate"]).to_numpy(str)
+
+
+def _read(config: Config, stage: Stage) -> tuple[dict[str, Tensor], list[str]]:
+    """Read the sums and the names of their plates."""
+    results = open_place(config.results)
+    facts = stage.facts(results)
+    if facts is None:
+        raise FileNotFoundError(f"{results.address(stage.path)}: {stage.title} is not finished; run it again")
+    return read_tensors(results.child(stage.path), SUMS, facts["sha256"]), facts["plates"]
+
+
+def _make(config: Config, title: str, index: TileIndex, classifier: Stage, folder: Folder, report: Report | None) -> Made:
+    """Describe the stage to the worker loop; it has no curve to report."""
+    return moments_loop, MomentsRun(title, folder, config, index, classifier)
+
+
+def moments_loop(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sum over this worker's share of the tiles, then over the workers; rank 0 writes.
+
+    Parameters
+    ----------
+    config
+        `{"run": MomentsRun}`, as Ray Train passes it.
+
+    Returns
+    -------
+    dict
+        Facts: tiles that were read, plates, seconds.
+    """
+    run: MomentsRun = config["run"]
+    begun = time.monotonic()
+    torch.set_num_threads(run.config.train.threads)
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    model = load_model(run.config, run.classifier, None, len(run.index.channels)).to(device).eval()
+    plates, code = np.unique(plate_names(run.index), return_inverse=True)
+    width = model.width
+    sums, count = np.zeros((len(plates), 4 * width)), np.zeros(len(plates))
+    outputs = infer(
+        lambda views, _: token_sums(model.features(views)).flatten(1),
+        run.index,
+        crop=run.config.views.tile_crop,
+        size=run.config.views.size_global,
+        minibatch=run.config.evaluate.minibatch,
+        stream=run.config.stream,
+        device=device,
+        precision=choose_precision(device, run.config.train.precision),
+        rank=context.get_world_rank(),
+        world=context.get_world_size(),
+    )
+    for part in outputs:
+        np.add.at(sums, code[part.rows], part.values)
+        np.add.at(count, code[part.rows], 1)
+    both = torch.from_numpy(np.column_stack([count, sums])).to(device)
+    if context.get_world_size() > 1:
+        dist.all_reduce(both)
+    if context.get_world_rank():
+        return {}
+    return _write(run, plates.tolist(), both.cpu(), begun)
+
+
+def _write(run: MomentsRun, plates: list[str], both: Tensor, begun: float) -> dict[str, Any]:
+    """Write the sums of plates that had a readable tile, and `done.json` last."""
+    seen = both[:, 0] > 0
+    count, sums = both[seen, 0], both[seen, 1:].reshape(-1, 2, 2, (both.shape[1] - 1) // 4)
+    facts = {
+        "sha256": write_tensors(run.folder, SUMS, {"count": count, "sums": sums}),
+        "plates": [plate for plate, any_tile in zip(plates, seen.tolist(), strict=True) if any_tile],
+        "tiles": int(count.sum()),
+        "seconds": round(time.monotonic() - begun, 3),
+    }
+    run.folder.write("done.json", json.dumps(facts, indent=1).encode())
+    return facts

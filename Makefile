@@ -4,7 +4,7 @@ UV := .tools/bin/uv
 RUN := .venv/bin/python
 export UV_HTTP_TIMEOUT ?= 300
 export UV_PYTHON_DOWNLOADS := never
-COMPILE := pip compile --quiet --universal --generate-hashes --python-version 3.11 --extra dev --extra harmony \
+COMPILE := pip compile --quiet --universal --generate-hashes --python-version 3.11 --extra dev --extra harmony --extra server \
 	--custom-compile-command "make lock" pyproject.toml
 
 .PHONY: setup demo test test-fast check lock format clean

@@ -386,9 +386,38 @@ class Classify(Optimisation):
     """Stochastic depth of the network that is trained."""
 
 
+class AdaptDino(Section):
+    """What DINO does differently while it adapts; unset, as in section dino, by which it was pre-trained."""
+
+    student_temperature: float | None = Field(None, gt=0)
+    """Temperature of the student's softmax."""
+    teacher_temperature: float | None = Field(None, gt=0)
+    """Temperature of the teacher's softmax after its ramp."""
+    teacher_temperature_start: float | None = Field(None, gt=0)
+    """Temperature of the teacher's softmax at step 0."""
+    teacher_temperature_ramp: Duration | None = None
+    """Length of the linear ramp of the teacher's temperature."""
+    centering: Literal["mean", "sinkhorn"] | None = None
+    """How teacher outputs are balanced."""
+    centre_momentum: float | None = Field(None, ge=0, lt=1)
+    """Momentum of the moving mean."""
+    koleo_weight: float | None = Field(None, ge=0)
+    """Weight of the KoLeo term."""
+    ema_start: float | None = Field(None, ge=0, le=1)
+    """Teacher momentum at step 0."""
+    ema_end: float | None = Field(None, ge=0, le=1)
+    """Teacher momentum at the last step."""
+    drop_path: float | None = Field(None, ge=0, lt=1)
+    """Stochastic depth of the student."""
+    freeze_last_layer: Duration | None = None
+    """How long the head's last layer stays frozen."""
+
+
 class Adapt(Optimisation):
     """The label-free stage on the target: DINO continues on the feature extractor alone."""
 
+    dino: AdaptDino = AdaptDino()
+    """Settings of DINO of its own."""
     minibatch_unit: int | None = Field(None, ge=1)
     """Samples per step when a batch or a plate is adapted to (64 in the paper); unset: as minibatch. The number of steps is
     counted by minibatch at every granularity."""
@@ -494,6 +523,14 @@ class Evaluate(Section):
     are retrieved and how batches mix."""
 
 
+class Criteria(Section):
+    """Label-free criteria of an adapted model."""
+
+    tiles: int = Field(1024, ge=4)
+    """Most tiles of the held-out loss, and of the CKA of features before and after adaptation; drawn by chance where there are
+    more."""
+
+
 class Tracking(Section):
     """MLflow. The address comes from MLFLOW_TRACKING_URI, else it is `mlflow.db` in the results folder."""
 
@@ -558,6 +595,71 @@ class Report(Section):
     """Most tiles of a comparison of layers; drawn by chance where there are more."""
 
 
+class Range(Section):
+    """Numbers between two ends."""
+
+    low: float
+    """Smallest value."""
+    high: float
+    """Largest value."""
+    log: bool = False
+    """Spread evenly over orders of magnitude."""
+    whole: bool = False
+    """Whole numbers only."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError(f"low = {self.low:g}, high = {self.high:g}: low must be below high, and above 0 with log: true")
+        return self
+
+
+class Tune(Section):
+    """What jobs/tune.py searches: one trial is one adaptation of every pair and seed with the same hyperparameters."""
+
+    pairs: list[tuple[str, str]] = []
+    """Source and target of the adaptations, such as [["source_3", "source_7"]]; a trial's score is the mean over them."""
+    method: Literal["oda-mae", "oda", "coda", "tent"] = "coda"
+    """What is adapted by, where the space does not search it."""
+    granularity: Granularity = "source"
+    """Unit of adaptation, where the space does not search it. With batch or plate every unit gets a model of its own, which reads
+    that unit; a trial is scored on all of them together."""
+    seeds: list[Annotated[int, Field(ge=0)]] = [0]
+    """Seeds of each adaptation; with several, a trial's score has a standard deviation."""
+    space: dict[str, list[bool | int | float | str] | Range] = {}
+    """What is searched: `method`, `granularity`, or a field of the configuration that only the adaptation reads, such as
+    adapt.lr, adapt.steps or adapt.dino.ema_start; to a list of values, or to low, high, log, whole."""
+    search: Literal["grid", "random", "optuna"] = "random"
+    """grid: every combination of lists; random: drawn at random; optuna: drawn where earlier trials scored well (TPE)."""
+    samples: int = Field(16, ge=1)
+    """Trials of random and optuna. Raise it and start again, and the same sweep goes on."""
+    seed: int = Field(0, ge=0)
+    """Seed of random and optuna."""
+    objective: str = "replicate_map"
+    """What is maximised or minimised: a criterion that needs no label of the target (docs/selection.md), or `oracle_accuracy`,
+    which reads them all: for research only, and marked as such in every output."""
+    score_every: int = Field(0, ge=0)
+    """Steps of adaptation between scores; 0 scores the end alone."""
+    stop_early: bool = False
+    """End trials that score badly at these steps (ASHA, Li et al., MLSys 2020); needs score_every."""
+    reduction: float = Field(3.0, gt=1)
+    """Of the trials that reach a rung one in so many goes on."""
+    at_once: int = Field(0, ge=0)
+    """Most trials side by side; 0: as many as the cluster has room for."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.stop_early and not self.score_every:
+            raise ValueError("tune.stop_early needs tune.score_every: give the steps between scores")
+        ranges = sorted(name for name, domain in self.space.items() if isinstance(domain, Range))
+        if self.search == "grid" and ranges:
+            raise ValueError(f"tune.space.{ranges[0]} is a range, which a grid cannot list; give values, or search: random")
+        empty = sorted(name for name, domain in self.space.items() if domain == [])
+        if empty:
+            raise ValueError(f"tune.space.{empty[0]} is empty; give values, or low and high")
+        return self
+
+
 class Config(Section):
     """Everything that decides a result, and where things are."""
 
@@ -595,6 +697,8 @@ class Config(Section):
     """Corrections of features, and tent."""
     evaluate: Evaluate = Evaluate()
     """Evaluation."""
+    criteria: Criteria = Criteria()
+    """Label-free criteria."""
     train: Train = Train()
     """Workers, precision, checkpoints."""
     split: Split = "plate"
@@ -612,6 +716,13 @@ class Config(Section):
     """Dry run."""
     report: Report = Report()
     """The report of a matrix."""
+    tune: Tune = Tune()
+    """The sweep of jobs/tune.py."""
+
+    @property
+    def adapting(self) -> Dino:
+        """Settings of DINO while it adapts."""
+        return self.dino.model_copy(update=self.adapt.dino.model_dump(exclude_none=True))
 
     @model_validator(mode="after")
     def _views_are_whole_patches(self) -> Self:
@@ -632,7 +743,8 @@ class Config(Section):
             ("adapt", "minibatch_unit"),
             ("tent", "minibatch"),
         ):
-            koleo = self.dino.koleo_weight > 0 and stage in ("pretrain", "adapt")
+            weight = {"pretrain": self.dino.koleo_weight, "adapt": self.adapting.koleo_weight}.get(stage, 0)
+            koleo = weight > 0
             least, given = (2 if koleo else 1) * most, getattr(getattr(self, stage), field)
             if given is not None and given < least:
                 why = f"{most} worker(s) of train.workers" + (" and 2 samples for each, by dino.koleo_weight," if koleo else "")

@@ -106,7 +106,7 @@ def study(root: Path, results: str) -> Path:
             "sources": ["a"],
             "targets": ["b"],
             "methods": ["supervised", "oda", "coda"],
-            "granularities": ["batch"],
+            "granularities": ["source"],
             "seeds": [0],
         },
     )
@@ -215,7 +215,7 @@ def submitted(head, tmp_path_factory):
     """The folder of a study whose jobs were submitted, and what they printed."""
     root = tmp_path_factory.mktemp("study")
     file = str(study(root, "submitted"))
-    one = ["--source", "a", "--target", "b", "--method", "coda", "--granularity", "batch"]
+    one = ["--source", "a", "--target", "b", "--method", "coda"]
     return root, [head.submit("jobs/matrix.py", "--config", file), head.submit("jobs/adapt.py", "--config", file, *one)]
 
 

@@ -1,6 +1,6 @@
 """The masked autoencoder: an encoder of the visible patches, a light decoder, and what the training loop drives."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -237,6 +237,15 @@ class MaeObjective:
         noise = torch.from_numpy(uniforms(self.seed, samples, self.patches, MASK_STREAM)).float()
         loss = network(views, noise.to(device, non_blocking=True))
         return loss, {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def held_out_loss(self, minibatches: Iterable[dict[str, Tensor]]) -> float:
+        """Average the reconstruction loss over samples that train nothing; mini-batches as of `loss`, one or more."""
+        total, samples = 0.0, 0
+        for minibatch in minibatches:
+            count = len(minibatch["tile"])
+            total, samples = total + count * float(self.loss(self.network, minibatch, 0)[0]), samples + count
+        return total / samples
 
     def before_update(self, step: int) -> None:
         """Leave the gradients as they are."""

@@ -4,7 +4,7 @@ One step of the loop:  loss → backward → before_update → clip → optimize
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -185,15 +185,7 @@ class DinoObjective:
             In nats: `loss` (of DINO alone), `entropy` (per sample), `mean_entropy` (of the mean output) and
             `kl`; with the KoLeo term also `koleo`.
         """
-        device = self.criterion.centre.device
-        partner = minibatch.get("partner")
-        global_views, local_views = dino_views(
-            minibatch["tile"].to(device, non_blocking=True),
-            None if partner is None else partner.to(device, non_blocking=True),
-            seed=self.seed,
-            samples=minibatch["sample"].cpu().numpy(),
-            recipe=self.recipe,
-        )
+        global_views, local_views = self._views(minibatch)
         with torch.no_grad():
             teacher_logits, _ = self.teacher(global_views)
             targets = self.criterion.targets(teacher_logits, self.teacher_temperature(step))
@@ -210,6 +202,35 @@ class DinoObjective:
         if self.criterion.centering == "mean":
             self.criterion.update_centre(teacher_logits)
         return loss, metrics
+
+    @torch.no_grad()
+    def held_out_loss(self, minibatches: Iterable[dict[str, Tensor]]) -> float:
+        """Average DINO's loss over samples that train nothing: weights and centre stay as they are.
+
+        Without stochastic depth and KoLeo term, at the teacher's last temperature. The logits of all samples are held at once,
+        because Sinkhorn-Knopp balances them together, so the result does not depend on the size of the mini-batches. Under data
+        parallelism, give every rank the same samples.
+
+        Parameters
+        ----------
+        minibatches
+            See the class; one or more.
+
+        Returns
+        -------
+        float
+            Nats.
+        """
+        training = self.student.training
+        self.student.eval()
+        student, teacher = [], []
+        for minibatch in minibatches:
+            views, samples = self._views(minibatch), len(minibatch["tile"])
+            student.append(self.student(*views)[0].unflatten(0, (-1, samples)))
+            teacher.append(self.teacher(views[0])[0].unflatten(0, (-1, samples)))
+        self.student.train(training)
+        of_student, of_teacher = (torch.cat(side, dim=1).flatten(0, 1) for side in (student, teacher))
+        return float(self.criterion(of_student, of_teacher, self.schedule.teacher_temperature))
 
     def before_update(self, step: int) -> None:
         """Drop the gradient of the head's last layer while it is frozen; that spares it the decay too."""
@@ -257,6 +278,18 @@ class DinoObjective:
         for part, module in parts.items():
             own = {key.partition(".")[2]: value for key, value in state.items() if key.startswith(f"{part}.")}
             load_exactly(module, own, f"the saved {part}")
+
+    def _views(self, minibatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cut the global and local views of a mini-batch, on the device of the networks."""
+        device = self.criterion.centre.device
+        partner = minibatch.get("partner")
+        return dino_views(
+            minibatch["tile"].to(device, non_blocking=True),
+            None if partner is None else partner.to(device, non_blocking=True),
+            seed=self.seed,
+            samples=minibatch["sample"].cpu().numpy(),
+            recipe=self.recipe,
+        )
 
     def _parts(self) -> dict[str, nn.Module]:
         """Modules by their prefix in the state."""

@@ -15,7 +15,7 @@ import ray
 from coda_ray.config import Config, ConfigError
 from coda_ray.pipeline.data import DataError
 from coda_ray.pipeline.stage import Stage
-from coda_ray.pipeline.task import run_stage, run_stage_afresh
+from coda_ray.pipeline.task import Facts, cause_of, nodes, submit
 from coda_ray.pipeline.transfer import Request, Transfer, plan, score, stages_of, unadapted
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key
@@ -217,8 +217,8 @@ class _Runner:
             self.scored[transfer.last.key].append(transfer)
             if transfer.trained and len(transfer.index):
                 self.trained[transfer.trained.key].append(transfer)
-        self.running: dict[ray.ObjectRef[dict[str, Any]], Stage] = {}
-        self.references: dict[str, ray.ObjectRef[dict[str, Any]]] = {}
+        self.running: dict[Facts, Stage] = {}
+        self.references: dict[str, Facts] = {}
         self.failures: dict[str, str] = {}
         self.failed: set[str] = set()
         self.finished = 0
@@ -250,7 +250,7 @@ class _Runner:
         DataError
             On a Ray that was started for this job alone.
         """
-        largest = {name: max((node["Resources"].get(name, 0) for node in _nodes()), default=0) for name in ("CPU", "GPU")}
+        largest = {name: max((node["Resources"].get(name, 0) for node in nodes()), default=0) for name in ("CPU", "GPU")}
         for name, amount in resources(self.config.train).items():
             if amount > largest[name]:
                 option = f"train.{name.lower()}s_per_worker"
@@ -262,21 +262,7 @@ class _Runner:
     def _submit(self, stage: Stage) -> None:
         """Hand one stage to Ray; it starts when its needs are finished and its resources free."""
         needs = [self.references[need.key] for need in stage.needs if need.key in self.references]
-        train = self.config.train
-        inside = train.worker_range[1] == 0
-        wanted = resources(train) if inside else {}
-        # A process that has used one GPU cannot move to another: it is kept warm only where there is no other.
-        warm = not wanted.get("GPU") or all(node["Resources"].get("GPU", 0) <= 1 for node in _nodes())
-        reference = (
-            (run_stage if warm else run_stage_afresh)
-            .options(
-                name=stage.kind,
-                num_cpus=wanted.get("CPU", 0),
-                num_gpus=wanted.get("GPU", 0),
-                max_retries=train.max_failures,
-            )
-            .remote(stage, self.config, self._report(stage), *needs)
-        )
+        reference = submit(stage, self.config, self._report(stage), needs)
         self.references[stage.key] = reference
         self.running[reference] = stage
 
@@ -296,7 +282,7 @@ class _Runner:
             ray.get(reference)
         except ray.exceptions.RayError as error:
             log.debug("%s failed", stage.title, exc_info=error)
-            self._fail(stage, _cause(error))
+            self._fail(stage, cause_of(error))
             return
         self.finished += 1
         self.say(f"[{self.finished}/{len(self.stages)}] {stage.title}")
@@ -335,21 +321,6 @@ class _Runner:
             return max(1, len(self.stages))
         have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         return max(1, min(int(have.get(name, 0) // (amount * low)) for name, amount in resources(train).items()))
-
-
-def _nodes() -> list[dict[str, Any]]:
-    """List the nodes that are alive."""
-    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Find what a stage raised, under what Ray and Ray Train wrap around it."""
-    while True:
-        workers: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
-        under = getattr(error, "cause", None) or next(iter(workers.values()), None)
-        if not isinstance(under, BaseException):
-            return error
-        error = under
 
 
 def _stored(results: Folder, transfer: Transfer) -> dict[str, Any] | None:

@@ -1,11 +1,14 @@
-"""The stage that looks at features: well profiles, retrieval of replicates and mechanisms, mixing of batches."""
+"""The stage that looks at features: well profiles, retrieval of replicates and mechanisms, mixing of batches.
+
+Of an index without the label column it measures what needs no label.
+"""
 
 import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -26,6 +29,8 @@ from coda_ray.training.loop import Report
 WELL_ID = TILE_ID[:-1]
 # Of the random rankings that retrieval is compared with.
 SEED = 0
+MIXING = ("ilisi", "kbet", "silhouette_batch")
+Scores = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,13 @@ def profile(config: Config, index: TileIndex, evaluation: Stage) -> Stage:
     config
         Settings.
     index
-        The evaluated tiles, with MoA labels where there are any: they are read after adaptation, for the scores alone.
+        The tiles that count, among the evaluated ones. With MoA labels, which are read after adaptation and for the scores alone,
+        batches are compared within a mechanism; without the label column no mechanism is retrieved, and batches are compared
+        within a compound: then no label takes part.
     evaluation
         The stage that has the embeddings.
     """
-    title = f"profiles of {evaluation.title}"
+    title = f"profiles of {evaluation.title}{'' if LABEL in index.frame else ', without labels'}"
     return Stage("profile", title, {"tiles": index.fingerprint}, partial(_make, config, title, index, evaluation), (evaluation,))
 
 
@@ -109,38 +116,64 @@ def well_profiles(images: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([wells, groups[features].mean().astype(np.float32).reset_index(drop=True)], axis=1)
 
 
-def _annotated(run: ProfileRun) -> pd.DataFrame:
-    """Read the embeddings, with the labels of the index."""
-    found = embeddings_of(run.config, run.evaluation)
-    labels = run.index.frame.set_index(TILE_ID)[LABEL]
-    found[LABEL] = labels.reindex(pd.MultiIndex.from_frame(found[TILE_ID])).to_numpy(object)
-    return found
+def measured(measures: Mapping[tuple[str, ...], Callable[[], Mapping[str, float]]]) -> tuple[Scores, dict[str, str]]:
+    """Compute scores; the data may lack what one needs, and then its reason is kept.
 
+    Parameters
+    ----------
+    measures
+        For names of scores, what computes them; a ValueError says what is lacking.
 
-def _measure(images: pd.DataFrame, wells: pd.DataFrame) -> tuple[dict[str, float | None], dict[str, str]]:
-    """Compute every score; a set of plates may lack what one needs, and then its reason is kept."""
-    scores: dict[str, float | None] = {}
+    Returns
+    -------
+    tuple
+        Scores by name, None where there is none, and for those the reasons.
+    """
+    scores: Scores = {}
     reasons: dict[str, str] = {}
-
-    def take(names: Mapping[str, str], measure: Callable[[], Mapping[str, float]]) -> None:
+    for names, measure in measures.items():
         try:
-            found = measure()
+            scores.update(measure())
         except ValueError as error:
             scores.update(dict.fromkeys(names))
             reasons.update(dict.fromkeys(names, str(error)))
-            return
-        scores.update({name: found[key] for name, key in names.items()})
-
-    known = wells[wells[COMPOUND].notna()].reset_index(drop=True)
-    profiles, moas = _features(known), known[LABEL].notna().to_numpy()
-    take({"replicate_map_controls": "normalized_map"}, lambda: replicate_map(profiles, known, against="controls", seed=SEED))
-    take({"replicate_map": "normalized_map"}, lambda: replicate_map(profiles, known, against="compounds", seed=SEED))
-    take({"moa_map": "normalized_map"}, lambda: moa_map(profiles[moas], known[moas].reset_index(drop=True), seed=SEED))
-    labelled = images[images[LABEL].notna()]
-    mixed = {name: name for name in ("ilisi", "kbet", "silhouette_batch")}
-    batch, label = labelled["Metadata_Batch"].to_numpy(str), labelled[LABEL].to_numpy(str)
-    take(mixed, lambda: batch_mixing(_features(labelled), batch, label))
     return scores, reasons
+
+
+def _annotated(run: ProfileRun) -> pd.DataFrame:
+    """Read the embeddings of the tiles that count, with their labels where the index has that column."""
+    found = embeddings_of(run.config, run.evaluation)
+    evaluated, known = pd.MultiIndex.from_frame(found[TILE_ID]), run.index.frame.set_index(TILE_ID)
+    if LABEL in known:
+        found[LABEL] = known[LABEL].reindex(evaluated).to_numpy(object)
+    return found[evaluated.isin(known.index)]
+
+
+def _measure(images: pd.DataFrame, wells: pd.DataFrame) -> tuple[Scores, dict[str, str]]:
+    """Compute every score."""
+    known = wells[wells[COMPOUND].notna()].reset_index(drop=True)
+    profiles = _features(known)
+
+    def replicates(against: Literal["controls", "compounds"]) -> float:
+        return replicate_map(profiles, known, against=against, seed=SEED)["normalized_map"]
+
+    measures: dict[tuple[str, ...], Callable[[], Mapping[str, float]]] = {
+        ("replicate_map_controls",): lambda: {"replicate_map_controls": replicates("controls")},
+        ("replicate_map",): lambda: {"replicate_map": replicates("compounds")},
+    }
+    if LABEL in known:
+        measures["moa_map",] = lambda: {"moa_map": _mechanisms(profiles, known)}
+    alike = LABEL if LABEL in images else COMPOUND
+    named = images[images[alike].notna()]
+    batch, name = named["Metadata_Batch"].to_numpy(str), named[alike].to_numpy(str)
+    measures[MIXING] = lambda: batch_mixing(_features(named), batch, name)
+    return measured(measures)
+
+
+def _mechanisms(profiles: NDArray[np.float32], wells: pd.DataFrame) -> float:
+    """Score the retrieval of mechanisms among labelled wells."""
+    labelled = wells[LABEL].notna().to_numpy()
+    return moa_map(profiles[labelled], wells[labelled].reset_index(drop=True), seed=SEED)["normalized_map"]
 
 
 def _features(frame: pd.DataFrame) -> NDArray[np.float32]:

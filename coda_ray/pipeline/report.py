@@ -11,7 +11,9 @@ from rich.table import Table
 from coda_ray.cluster import start_ray
 from coda_ray.config import Config, ConfigError, told_in_one_line
 from coda_ray.pipeline.matrix import Outcome, StagesFailedError, run_transfers
+from coda_ray.pipeline.sweep import run_sweep
 from coda_ray.pipeline.transfer import Request
+from coda_ray.pipeline.trial import ORACLE
 from coda_ray.storage import open_place
 from coda_ray.tracking.table import matrices, render_matrix
 
@@ -82,6 +84,66 @@ def _show(console: Console, config: Config, outcome: Outcome) -> None:
         console.print(f"heat map:  {address}", soft_wrap=True, highlight=False)
     if outcome.ui_hint:
         console.print(f"MLflow:    {outcome.ui_hint}", soft_wrap=True, highlight=False)
+
+
+def run_tune(config: Config, command: str) -> int:
+    """Run a sweep to its exit code.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    command
+        The command line.
+
+    Returns
+    -------
+    int
+        0; 1 when trials failed; 130 after Ctrl-C.
+
+    Raises
+    ------
+    SystemExit
+        With code 1 when what trials stand on failed, with code 2 when the space or the tiles cannot be used as configured.
+    """
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    with told_in_one_line(sys.argv[0], StagesFailedError):
+        start_ray()
+        try:
+            outcome = run_sweep(config, command, lambda line: console.print(line, markup=False, highlight=False))
+        except FileNotFoundError as error:  # tiles that are not there
+            raise ConfigError(str(error)) from error
+    console.print(trials_table(outcome.table, config))
+    for address in outcome.files:
+        console.print(address, soft_wrap=True, highlight=False)
+    if outcome.command:
+        console.print(f"the best: {outcome.command}", soft_wrap=True, markup=False, highlight=False)
+    if outcome.ui_hint:
+        console.print(f"MLflow: {outcome.ui_hint}", soft_wrap=True, highlight=False)
+    if not outcome.whole:
+        console.print("the sweep is not finished; the same command again continues it")
+        return 130
+    return int((outcome.table["status"] == "failed").any())
+
+
+def trials_table(trials: pd.DataFrame, config: Config) -> Table:
+    """Lay out a sweep, the best trial first."""
+    settings = config.tune
+    seeds = int(trials["n_seeds"].max())
+    table = Table(title=f"trials by {settings.objective}, mean ± standard deviation over {seeds} seed(s); {ORACLE} reads labels")
+    for name in ("#", *settings.space, "status", "step", settings.objective, ORACLE):
+        table.add_column(name, overflow="fold")
+    for place, row in enumerate(trials.head(MOST_ROWS).to_dict("records"), 1):
+        values = [
+            "–" if pd.isna(row[name]) else f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name])
+            for name in settings.space
+        ]
+        spread = "" if pd.isna(row["score_std"]) else f" ± {row['score_std']:.4f}"
+        score = "–" if pd.isna(row["score"]) else f"{row['score']:.4f}{spread}"
+        oracle = "–" if pd.isna(row[ORACLE]) else f"{100 * row[ORACLE]:.1f}"
+        status = row["status"] if row["status"] != "failed" else f"failed: {row['reason']}"
+        table.add_row(str(place), *values, status, "–" if pd.isna(row["step"]) else str(int(row["step"])), score, oracle)
+    return table
 
 
 def transfers_table(transfers: pd.DataFrame) -> Table:

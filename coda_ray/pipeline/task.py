@@ -1,13 +1,19 @@
 """The Ray task that runs one stage; apart from the matrix, so that its processes import neither tables nor figures."""
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from coda_ray.cluster import quieten
 from coda_ray.config import Config
 from coda_ray.pipeline.stage import Stage
+from coda_ray.storage import open_place
+from coda_ray.training.launch import resources
 from coda_ray.training.loop import Report
+
+Facts = ray.ObjectRef[dict[str, Any]]
 
 
 def _run(stage: Stage, config: Config, report: Report | None, *needs: dict[str, Any]) -> dict[str, Any]:
@@ -22,5 +28,82 @@ def _run(stage: Stage, config: Config, report: Report | None, *needs: dict[str, 
 
 
 # max_calls=0 keeps the process, and what it has imported, for the next stage, on a GPU too; 1 gives each stage a new one.
-run_stage = ray.remote(max_calls=0)(_run)
-run_stage_afresh = ray.remote(max_calls=1)(_run)
+_warm = ray.remote(max_calls=0)(_run)
+_afresh = ray.remote(max_calls=1)(_run)
+
+
+def submit(stage: Stage, config: Config, report: Report | None, needs: Sequence[Facts]) -> Facts:
+    """Hand one stage to Ray; it starts when its needs are finished and its resources free.
+
+    Parameters
+    ----------
+    stage
+        The stage.
+    config
+        Settings; `train` says what it reserves.
+    report
+        Receives its log points.
+    needs
+        Stages on their way that it stands on.
+
+    Returns
+    -------
+    ObjectRef
+        Of its facts.
+    """
+    wanted = {} if config.train.worker_range[1] else resources(config.train)
+    # A process that has used one GPU cannot move to another: it is kept warm only where there is no other.
+    warm = not wanted.get("GPU") or all(node["Resources"].get("GPU", 0) <= 1 for node in nodes())
+    facts: Facts = (
+        (_warm if warm else _afresh)
+        .options(
+            name=stage.kind,
+            num_cpus=wanted.get("CPU", 0),
+            num_gpus=wanted.get("GPU", 0),
+            max_retries=config.train.max_failures,
+            # Not out of the little that a trial of Tune has reserved for itself.
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=cast(Any, None)),
+        )
+        .remote(stage, config, report, *needs)
+    )
+    return facts
+
+
+def run_missing(stages: Iterable[Stage], config: Config) -> None:
+    """Run those of some stages that are not finished, side by side where their needs allow it, and wait.
+
+    Parameters
+    ----------
+    stages
+        Each after those it needs.
+    config
+        Settings.
+
+    Raises
+    ------
+    Exception
+        What the first stage that failed raised; the others are left to end by themselves.
+    """
+    results, running = open_place(config.results), dict[str, Facts]()
+    for stage in stages:
+        if stage.facts(results) is None:
+            running[stage.key] = submit(stage, config, None, [running[need.key] for need in stage.needs if need.key in running])
+    try:
+        ray.get(list(running.values()))
+    except ray.exceptions.RayError as error:
+        raise cause_of(error) from None
+
+
+def nodes() -> list[dict[str, Any]]:
+    """List the nodes that are alive."""
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Find what a stage raised, under what Ray and Ray Train wrap around it."""
+    while True:
+        workers: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
+        under = getattr(error, "cause", None) or next(iter(workers.values()), None)
+        if not isinstance(under, BaseException):
+            return error
+        error = under

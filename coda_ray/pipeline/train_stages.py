@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -109,18 +110,41 @@ def classify(config: Config, source: str, *, seed: int, extractor: Stage | None)
     return Stage("classify", title, inputs, make, (extractor,) if extractor else (), workload)
 
 
-def adapt(config: Config, pretrained: Stage, target: str, *, granularity: Granularity, unit: str, seed: int) -> Stage:
+def adapt(
+    config: Config,
+    pretrained: Stage,
+    target: str,
+    *,
+    granularity: Granularity,
+    unit: str,
+    seed: int,
+    until: int | None = None,
+) -> Stage:
     """Plan label-free adaptation of the feature extractor to one unit of a target (CODA, section 3).
 
     The objective of the pre-training goes on with all its weights (of DINO: student, teacher and both heads); optimizer,
     schedules and centre start anew. The number of steps is the same at every granularity: an epoch counts the tiles of the
     whole target.
 
+    Parameters
+    ----------
+    config
+        Settings; `adapt.dino` overrides `dino`.
+    pretrained
+        The pre-training.
+    target, granularity, unit
+        What is adapted to.
+    seed
+        Seed of samples and views.
+    until
+        The state after so many of the steps, as a stage of its own; the whole adaptation goes on from there.
+
     Raises
     ------
     DataError
         When tiles have no partner and `adapt.no_partner` is `error`.
     """
+    config = config.model_copy(update={"dino": config.adapting})
     objective: Pretraining = pretrained.inputs["objective"]
     source = pretrained.inputs["source"]
     tiles = data.adaptation_tiles(config, source, target, granularity, unit)
@@ -140,10 +164,30 @@ def adapt(config: Config, pretrained: Stage, target: str, *, granularity: Granul
     build = partial(_self_supervised_work, config, tiles, optimisation, epoch, seed, objective, pretrained, None)
     make = partial(_make, config, optimisation, epoch, seed, title, build, note)
     workload = _workload(section_of(objective), tiles.anchored(), optimisation, epoch, pairs=objective == "dino-cb")
-    return Stage("adapt", title, inputs, make, (pretrained,), workload)
+    whole = Stage("adapt", title, inputs, make, (pretrained,), workload)
+    return whole if until is None else _paused(config, whole, until)
 
 
-def tent(config: Config, classifier: Stage, target: str, *, granularity: Granularity, unit: str, seed: int) -> Stage:
+def _paused(config: Config, whole: Stage, until: int) -> Stage:
+    """Plan a training stage's state in the middle; its checkpoints are those of the whole."""
+
+    def make(folder: Folder, report: Report | None) -> Made:
+        loop, run = whole.make(folder, report)
+        return loop, replace(run, until=until, checkpoints=open_place(config.results).child(whole.path))
+
+    return Stage(whole.kind, f"{whole.title}, until step {until}", {**whole.inputs, "until": until}, make, whole.needs)
+
+
+def tent(
+    config: Config,
+    classifier: Stage,
+    target: str,
+    *,
+    granularity: Granularity,
+    unit: str,
+    seed: int,
+    until: int | None = None,
+) -> Stage:
     """Plan entropy minimisation on one unit of a target (Wang et al., ICLR 2021): norms of the whole model, no label."""
     source = classifier.inputs["source"]
     tiles = data.adaptation_tiles(config, source, target, granularity, unit)
@@ -159,9 +203,9 @@ def tent(config: Config, classifier: Stage, target: str, *, granularity: Granula
     epoch = len(data.target_tiles(config, source, target)) // config.tent.minibatch
     build = partial(_tent_work, config, tiles, classifier, seed)
     make = partial(_make, config, config.tent, epoch, seed, title, build, None)
-    return Stage(
-        "adapt", title, inputs, make, (classifier,), _workload("tent", tiles.anchored(), config.tent, epoch, pairs=False)
-    )
+    workload = _workload("tent", tiles.anchored(), config.tent, epoch)
+    whole = Stage("adapt", title, inputs, make, (classifier,), workload)
+    return whole if until is None else _paused(config, whole, until)
 
 
 def stage_tensors(config: Config, stage: Stage) -> dict[str, torch.Tensor]:
@@ -179,10 +223,15 @@ def stage_tensors(config: Config, stage: Stage) -> dict[str, torch.Tensor]:
     return read_tensors(results.child(stage.path), "model.safetensors", facts["sha256"])
 
 
+def objective_of(stage: Stage) -> Pretraining:
+    """Name the objective of a pre-training, or of an adaptation that continues it."""
+    objective: Pretraining = (stage.needs[0] if stage.needs else stage).inputs["objective"]
+    return objective
+
+
 def extractor_of(config: Config, stage: Stage) -> dict[str, torch.Tensor]:
     """Read the feature extractor that a finished pre-training or adaptation made: a teacher (or student), or an encoder."""
-    objective = (stage.needs[0] if stage.needs else stage).inputs["objective"]
-    prefix = "encoder." if objective == "mae" else f"{config.dino.extractor}."
+    prefix = "encoder." if objective_of(stage) == "mae" else f"{config.dino.extractor}."
     tensors = stage_tensors(config, stage)
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
@@ -231,7 +280,7 @@ def _inputs(config: Config, optimisation: Optimisation, seed: int, *sections: st
     if config.model.init.endswith(".safetensors"):
         chosen["weights"] = {"sha256": _sha256(config.model.init)}
     # `minibatch` holds what counts, and the unit stands for itself.
-    rates = settings_of(optimisation, exclude={"minibatch_unit", "unit"})
+    rates = settings_of(optimisation, exclude={"minibatch_unit", "unit", "dino"})
     return {**chosen, "optimisation": rates, "seed": seed, "precision": config.train.precision}
 
 

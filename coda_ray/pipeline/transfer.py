@@ -114,7 +114,7 @@ def plan(config: Config, request: Request) -> list[Transfer]:
         When tiles, labels or partners are not there.
     """
     config = config.model_copy(update={"split": request.split})
-    model = _model(config, request)
+    model = model_of(config, request)
     if request.source == request.target:
         return [_in_domain(config, request, model)]
     index = data.load_tiles(config, request.target)
@@ -140,7 +140,7 @@ def plan(config: Config, request: Request) -> list[Transfer]:
     return found
 
 
-def _model(config: Config, request: Request) -> Model:
+def model_of(config: Config, request: Request) -> Model:
     """Plan the model that a method starts from."""
     method = unadapted(config, request.method)
     extractor = None
@@ -166,16 +166,28 @@ def _treated(
         correction = cast(Correction, method)
         stage = correct(config, correction, model.classifier, before, base, granularity=granularity, unit=unit, seed=seed)
         return stage, None
-    if method == "tent":
-        trained = tent(config, model.classifier, request.target, granularity=granularity, unit=unit, seed=seed)
-    else:
-        extractor = cast(Stage, model.extractor)
-        trained = adapt(config, extractor, request.target, granularity=granularity, unit=unit, seed=seed)
+    trained = adaptation(config, request, model, granularity, unit)
     return evaluate(config, index, request.target, model.classifier, trained), trained
 
 
+def adaptation(
+    config: Config, request: Request, model: Model, granularity: Granularity, unit: str, until: int | None = None
+) -> Stage:
+    """Plan the training of a model on one unit of the request's target, or its state after `until` steps."""
+    target, seed = request.target, request.seed
+    if request.method == "tent":
+        return tent(config, model.classifier, target, granularity=granularity, unit=unit, seed=seed, until=until)
+    extractor = cast(Stage, model.extractor)
+    return adapt(config, extractor, target, granularity=granularity, unit=unit, seed=seed, until=until)
+
+
 def stages_of(transfers: Iterable[Transfer]) -> list[Stage]:
-    """List every stage once, each after those it needs."""
+    """List every stage of some transfers once, each after those it needs."""
+    return with_needs(transfer.last for transfer in transfers)
+
+
+def with_needs(stages: Iterable[Stage]) -> list[Stage]:
+    """List stages and what they need, once, each after those it needs."""
     ordered: dict[str, Stage] = {}
 
     def visit(stage: Stage) -> None:
@@ -184,8 +196,8 @@ def stages_of(transfers: Iterable[Transfer]) -> list[Stage]:
                 visit(need)
             ordered[stage.key] = stage
 
-    for transfer in transfers:
-        visit(transfer.last)
+    for stage in stages:
+        visit(stage)
     return list(ordered.values())
 
 

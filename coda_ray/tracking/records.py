@@ -2,8 +2,9 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -61,6 +62,21 @@ def read_record(results: Folder, path: str) -> dict[str, Any]:
     if not isinstance(record, dict) or "key" not in record:
         raise ValueError(f"{results.address(path)}: not a record with a key; delete it and run its job again")
     return record
+
+
+def trial_measures(record: Mapping[str, Any]) -> dict[str, float]:
+    """Take the numbers of a sweep's trial beside its score: every measure of its cells, averaged; without what is missing.
+
+    Parameters
+    ----------
+    record
+        As in `sweeps/<sweep key>/<trial key>.json`.
+    """
+    cells: list[dict[str, Any]] = record.get("cells", [])
+    names = [name for name in (cells[0] if cells else {}) if name not in ("source", "target", "seed")]
+    known = {name: [cell[name] for cell in cells if cell[name] is not None] for name in names}
+    found = {name: fmean(values) for name, values in known.items() if len(values) == len(cells)}
+    return found | ({"score_std": record["score_std"]} if record.get("score_std") is not None else {})
 
 
 def read_history(results: Folder, stage_path: str | None) -> pd.DataFrame | None:

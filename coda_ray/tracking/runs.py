@@ -93,6 +93,10 @@ class Tracker:
 
         self._put(f"transfer {record['key']}", send)
 
+    def trial(self, record: Mapping[str, Any]) -> None:
+        """Send a trial of a sweep, as in `sweeps/<sweep key>/<trial key>.json`."""
+        self._put(f"trial {record['key']}", lambda store: store.trial(record, self._ensure_parent(store)))
+
     def stage(self, title: str, key: str, history: pd.DataFrame | None) -> None:
         """Send the curves of a stage that several transfers stand on."""
 

@@ -20,7 +20,7 @@ import yaml
 
 from coda_ray.config import Tracking
 from coda_ray.storage import Folder
-from coda_ray.tracking.records import IDENTITY, MEASURES
+from coda_ray.tracking.records import IDENTITY, MEASURES, trial_measures
 from coda_ray.tracking.table import markdown_matrix, matrices
 
 if TYPE_CHECKING:
@@ -224,6 +224,32 @@ class RunStore:
         self._curves(run, history)
         if history is not None and run.info.status != "FINISHED":
             self.end(run.info.run_id, history=history)
+        return str(run.info.run_id)
+
+    def trial(self, record: Mapping[str, Any], parent: str | None) -> str:
+        """Send one trial of a sweep: values as params, score, criteria and oracles as metrics, the score at its steps as curve.
+
+        Parameters
+        ----------
+        record
+            The trial's record.
+        parent
+            Run id of the sweep.
+
+        Returns
+        -------
+        str
+            Run id.
+        """
+        values = {name: str(value) for name, value in record["point"].items()}
+        history = pd.DataFrame(record.get("curve", []), columns=["step", "time_ms", "score"])
+        name = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in values.items())
+        # A trial of the same values in another sweep is another run.
+        run = self._ensure("trial", f"{record['sweep']} {record['key']}", name, parent, history)
+        tags = {"status": record["status"]} | ({"reason": record["reason"]} if record.get("reason") else {})
+        self._curves(run, history.astype({"score": "float64"}))
+        self._send_differences(run, params=values, tags=tags, values=trial_measures(record))
+        self.end(run.info.run_id, "FAILED" if record["status"] == "failed" else "FINISHED", history)
         return str(run.info.run_id)
 
     def reopen(self, run_id: str) -> None:

@@ -19,13 +19,14 @@ class SyncCounts:
 
     Parameters
     ----------
-    jobs, transfers, stages
+    jobs, transfers, stages, trials
         Numbers of records.
     """
 
     jobs: int
     transfers: int
     stages: int
+    trials: int
 
 
 def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] | None = None) -> SyncCounts:
@@ -63,7 +64,8 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
     # The curve of a scored adaptation is on its transfers.
     on_transfers = {record["history"] for record in transfers}
     stages = [path for path in sorted(stage_job) if path not in on_transfers]
-    done, total = 0, len(jobs) + len(transfers) + len(stages)
+    trials = [record for sweep in results.names("sweeps") for record in read_records(results, f"sweeps/{sweep}")]
+    done, total = 0, len(jobs) + len(transfers) + len(stages) + len(trials)
 
     def advance() -> None:
         nonlocal done
@@ -79,11 +81,14 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
     for path in stages:
         sent += _send_stage(results, store, path, parents[stage_job[path]])
         advance()
+    for record in trials:
+        store.trial(record, parents.get(record["sweep"]))
+        advance()
     for job in jobs:
         _finish(store, job, frame)
         _send_report(results, store, job)
         advance()
-    return SyncCounts(len(jobs), len(transfers), sent)
+    return SyncCounts(len(jobs), len(transfers), sent, len(trials))
 
 
 def _oldest_first(results: Folder, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -115,7 +120,7 @@ def _send_report(results: Folder, store: RunStore, job: Mapping[str, Any]) -> No
 
 def _finish(store: RunStore, job: Mapping[str, Any], frame: pd.DataFrame) -> None:
     """Put a job's matrix on its run; a job that did not get to its end stays as it is."""
-    if not set(job["transfers"]) <= set(frame["key"]):
+    if not set(job["transfers"]) <= set(frame["key"]) or not job.get("whole", True):
         return
     # A target without labels has no scores, and then there is nothing to tabulate.
     matrix = job_matrix(frame, job) if job["transfers"] else None

@@ -90,9 +90,11 @@ def save(folder: Folder, checkpoint: Checkpoint) -> None:
         folder.delete(f"checkpoints/{old}")
 
 
-def load_latest(folder: Folder) -> Checkpoint | None:
-    """Load the newest whole checkpoint of a stage; a damaged one is passed over with a warning."""
+def load_latest(folder: Folder, until: int) -> Checkpoint | None:
+    """Load the newest whole checkpoint of a stage that is not past a step; a damaged one is passed over with a warning."""
     for name in reversed(folder.names("checkpoints")):
+        if int(name.removeprefix("step-")) > until:
+            continue
         try:
             note = json.loads(folder.read(f"checkpoints/{name}/state.json"))
             tensors = read_tensors(folder, f"checkpoints/{name}/state.safetensors", note["sha256"])

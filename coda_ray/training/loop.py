@@ -97,6 +97,10 @@ class TrainingRun:
         Makes the work, on the worker.
     report
         Receives (step, time in ms, metrics) at rank 0's log points; must not block.
+    until
+        Step at which to end, with the weights of that step; None goes to the end.
+    checkpoints
+        Where the checkpoints are, when they are those of a longer run; None takes `folder`.
     """
 
     title: str
@@ -109,6 +113,8 @@ class TrainingRun:
     stream: Stream
     build: Callable[[], Work]
     report: Report | None = None
+    until: int | None = None
+    checkpoints: Folder | None = None
 
 
 def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,6 +159,8 @@ class _Worker:
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}
         self.best_tensors: dict[str, Tensor] = {}
+        self.end = min(run.steps, run.until or run.steps)
+        self.saved = run.checkpoints or run.folder
         self.since = time.monotonic()
         self.images = 0
         self.replaced = 0
@@ -167,14 +175,14 @@ class _Worker:
             run.stream,
             minibatch=run.optimisation.minibatch,
             start_step=self.step,
-            steps=run.steps,
+            steps=self.end,
             rank=self.rank,
             world=self.world,
         )
         for tensors in on_device(stream, self.device):
             metrics = self._update(tensors)
             self.step += 1
-            last = self.step == run.steps
+            last = self.step == self.end
             # The same on every rank, because ray.train.report waits for all of them.
             scoring = self._is_scored(last)
             scores = self._score() if scoring and self.rank == 0 else {}
@@ -182,6 +190,8 @@ class _Worker:
                 self._log({**metrics, **scores})
             if self.step % run.train.checkpoint_every == 0 and not last:
                 self._checkpoint()
+        if self.saved is not run.folder:
+            self._checkpoint()
         return self._finish()
 
     def _wrap(self, network: nn.Module) -> nn.Module:
@@ -270,11 +280,11 @@ class _Worker:
         facts = {"history": self.history, "best": self.best, "seconds": self.seconds, "replaced": self.replaced}
         if self.work.guard is not None:
             facts["spell"] = self.work.guard.spell
-        checkpoints.save(self.run.folder, Checkpoint(self.step, tensors, facts))
+        checkpoints.save(self.saved, Checkpoint(self.step, tensors, facts))
 
     def _restore(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
-        checkpoint = checkpoints.load_latest(self.run.folder)
+        checkpoint = checkpoints.load_latest(self.saved, self.end)
         if self.rank == 0:
             where = f"continues at step {checkpoint.step}" if checkpoint else "starts"
             print(f"{self.run.title}: {where}, {self.world} worker(s), {self.device}, {self.precision.reason}", flush=True)
@@ -292,7 +302,7 @@ class _Worker:
 
     def _finish(self) -> dict[str, Any]:
         """Write the result, `done.json` last."""
-        facts: dict[str, Any] = {"steps": self.run.steps, "seconds": round(self.seconds, 3), "workers": self.world}
+        facts: dict[str, Any] = {"steps": self.end, "seconds": round(self.seconds, 3), "workers": self.world}
         facts["replaced_tiles"] = self.replaced
         if self.rank:
             return facts

@@ -169,6 +169,18 @@ def test_objective_masks_by_seed_and_sample() -> None:
     torch.testing.assert_close(torch.stack(alone).mean(), loss)
 
 
+def test_held_out_loss_is_the_mean_over_samples_and_changes_nothing() -> None:
+    objective, minibatch = _objective(), _minibatch()
+    before = {key: value.clone() for key, value in objective.state_dict().items()}
+    alone = [{key: value[b : b + 1] for key, value in minibatch.items()} for b in range(B)]
+    expected = sum(objective.loss(objective.network, one, 0)[0].item() for one in alone) / B
+    halves = [{key: value[part] for key, value in minibatch.items()} for part in (slice(0, 1), slice(1, None))]
+    for parts in ([minibatch], halves, alone):
+        assert objective.held_out_loss(parts) == pytest.approx(expected, rel=1e-5)
+    assert objective.held_out_loss([minibatch]) == objective.held_out_loss([minibatch])
+    assert all(torch.equal(value, before[key]) for key, value in objective.state_dict().items())
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_lowers_the_loss(precision: str) -> None:
     objective, minibatch = _objective(), _minibatch()

@@ -156,6 +156,53 @@ def test_centre_follows_the_teacher_of_the_same_step() -> None:
     assert (balanced.criterion.centre == 0).all()
 
 
+def _joined(minibatches: list[dict[str, Tensor]], sizes: list[int]) -> list[dict[str, Tensor]]:
+    """The same samples in mini-batches of other sizes."""
+    whole = {key: torch.cat([minibatch[key] for minibatch in minibatches]) for key in minibatches[0]}
+    parts = {key: value.split(sizes) for key, value in whole.items()}
+    return [{key: values[i] for key, values in parts.items()} for i in range(len(sizes))]
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_held_out_loss_is_the_mean_over_samples_and_pairs_of_views(paired: bool) -> None:
+    objective, plain = _dino(drop_path=0.5, koleo_weight=0.3), _dino(drop_path=0.0)
+    objective.criterion.centre.copy_(torch.linspace(-1, 1, K))
+    minibatches = [_minibatch(step, paired) for step in range(2)]
+    terms = []
+    for minibatch in minibatches:
+        for b, sample in enumerate(minibatch["sample"].tolist()):
+            images = [minibatch[key][[b]] if key in minibatch else None for key in ("tile", "partner")]
+            views = dino_views(*images, seed=7, samples=np.array([sample]), recipe=RECIPE)
+            every = [*views[0].split(1), *views[1].split(1)]
+            with torch.no_grad():
+                student = [torch.log_softmax(plain.student(view)[0][0] / 0.1, 0) for view in every]
+                teacher = [torch.softmax((plain.teacher(view)[0][0] - torch.linspace(-1, 1, K)) / 0.08, 0) for view in every[:2]]
+            terms += [-(t * s).sum() for i, t in enumerate(teacher) for j, s in enumerate(student) if i != j]
+    assert len(terms) == 2 * B * 14
+    assert objective.held_out_loss(minibatches) == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
+def test_held_out_loss_does_not_depend_on_the_size_of_minibatches(centering: str) -> None:
+    objective = _dino(centering=centering)
+    minibatches = [_minibatch(step) for step in range(2)]
+    expected = objective.held_out_loss(minibatches)
+    for sizes in ([8], [5, 3], [1] * 8):
+        assert objective.held_out_loss(_joined(minibatches, sizes)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_held_out_loss_changes_nothing() -> None:
+    objective = _dino(drop_path=0.5)
+    _train(objective, _adamw(objective), range(1))
+    objective.network.zero_grad()
+    before = {key: value.clone() for key, value in objective.state_dict().items()}
+    first, again = (objective.held_out_loss([_minibatch(9)]) for _ in range(2))
+    assert first == again
+    assert all(torch.equal(value, before[key]) for key, value in objective.state_dict().items())
+    assert objective.student.training
+    assert all(p.grad is None for p in objective.student.parameters())
+
+
 def test_a_resumed_run_is_identical_to_the_bit() -> None:
     through = _dino()
     optimizer = _adamw(through)

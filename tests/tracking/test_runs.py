@@ -1,5 +1,6 @@
 """MLflow as people will find it, in a database, behind a server that is dead, and behind one that never answers."""
 
+import json
 import logging
 import os
 import pickle
@@ -33,7 +34,7 @@ def runs_by_kind(store):
     """Every live run of the experiment, by kind."""
     client = store.client
     experiment = client.get_experiment_by_name(store.experiment)
-    found = {"job": [], "transfer": [], "stage": []}
+    found = {"job": [], "transfer": [], "stage": [], "trial": []}
     for run in client.search_runs([experiment.experiment_id]):
         found[run.data.tags["kind"]].append(run)
     return found
@@ -208,7 +209,7 @@ def test_sync_twice_gives_the_same_runs_and_points(results, store, capsys, tmp_p
     counts = sync(results, store)
     assert (counts.jobs, counts.transfers, counts.stages) == (1, 10, 1)
     runs, points = runs_by_kind(store), n_points(store)
-    assert {kind: len(found) for kind, found in runs.items()} == {"job": 1, "transfer": 10, "stage": 1}
+    assert {kind: len(found) for kind, found in runs.items()} == {"job": 1, "transfer": 10, "stage": 1, "trial": 0}
     assert all(run.info.status == "FINISHED" for found in runs.values() for run in found)
     steps = []
     assert sync(results, store, lambda done, total: steps.append((done, total))) == counts
@@ -216,8 +217,44 @@ def test_sync_twice_gives_the_same_runs_and_points(results, store, capsys, tmp_p
     assert n_points(store) == points
     assert {run.info.run_id for run in runs_by_kind(store)["job"]} == {run.info.run_id for run in runs["job"]}
     assert sync_mlflow.main([f"--results.address={results.root}"]) == 0
-    assert "1 jobs, 10 transfers, 1 stages" in capsys.readouterr().out
+    assert "1 jobs, 10 transfers, 1 stages, 0 trials" in capsys.readouterr().out
     assert n_points(store) == points
+
+
+def trial_record(**changes):
+    """A finished trial of two seeds."""
+    cells = [
+        {"source": "A", "target": "B", "seed": seed, "replicate_map": 0.2 + seed / 10, "kbet": None, "oracle_accuracy": 0.5}
+        for seed in (0, 1)
+    ]
+    curve = [{"step": step, "score": step / 80, "time_ms": 1_700_000_000_000 + step} for step in (10, 20)]
+    record = {
+        "key": "t1", "sweep": "sweep1", "point": {"granularity": "batch", "adapt.lr": 0.001}, "status": "finished", "step": 20,
+        "score": 0.25, "score_std": 0.07, "cells": cells, "curve": curve, "seconds": 3.0,
+    }  # fmt: skip
+    return record | changes
+
+
+def test_trials_are_runs_with_values_as_params_below_their_sweep(results, store):
+    job = {"key": "sweep1", "kind": "tune", "name": "sweep of adapt.lr", "command": "python jobs/tune.py", "config": {}}
+    job |= {"transfers": [], "stages": [], "whole": False}
+    results.write("jobs/sweep1.json", json.dumps(job).encode())
+    for record in (trial_record(), trial_record(key="t2", status="failed", score=None, cells=[], curve=[], reason="it fell")):
+        results.write(f"sweeps/sweep1/{record['key']}.json", json.dumps(record).encode())
+    assert sync(results, store).trials == sync(results, store).trials == 2
+    runs = runs_by_kind(store)
+    sweep = next(run for run in runs["job"] if run.data.tags["key"] == "sweep1")
+    assert sweep.info.status == "RUNNING"
+    first, second = sorted(runs["trial"], key=lambda run: run.data.tags["key"])
+    assert {run.data.tags["mlflow.parentRunId"] for run in (first, second)} == {sweep.info.run_id}
+    assert first.data.params == {"granularity": "batch", "adapt.lr": "0.001"}
+    assert first.data.metrics == pytest.approx({"score": 0.25, "score_std": 0.07, "replicate_map": 0.25, "oracle_accuracy": 0.5})
+    assert [point.step for point in store.client.get_metric_history(first.info.run_id, "score")] == [10, 20]
+    assert (first.info.status, second.info.status) == ("FINISHED", "FAILED")
+    assert second.data.tags["reason"] == "it fell"
+    results.write("jobs/sweep1.json", json.dumps(job | {"whole": True}).encode())
+    sync(results, store)
+    assert store.client.get_run(sweep.info.run_id).info.status == "FINISHED"
 
 
 def test_a_job_that_is_not_done_stays_open(results, store):
@@ -246,7 +283,7 @@ def test_a_dead_server_costs_nothing_and_sync_completes_later(
     assert "start the server" in message
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     sync(results, store)
-    assert {kind: len(found) for kind, found in runs_by_kind(store).items()} == {"job": 1, "transfer": 10, "stage": 1}
+    assert {kind: len(found) for kind, found in runs_by_kind(store).items()} == {"job": 1, "transfer": 10, "stage": 1, "trial": 0}
 
 
 def test_a_server_that_never_answers_makes_nobody_wait(results, silent_server, monkeypatch):

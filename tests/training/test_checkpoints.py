@@ -16,10 +16,16 @@ def test_the_newest_two_are_kept_and_the_newest_is_loaded(folder):
     for step in (5, 10, 15):
         checkpoints.save(folder, Checkpoint(step, {"w": torch.full((2,), float(step))}, {"history": [step]}))
     assert folder.names("checkpoints") == ["step-00000010", "step-00000015"]
-    latest = checkpoints.load_latest(folder)
+    latest = checkpoints.load_latest(folder, 100)
     assert latest is not None
     assert (latest.step, latest.facts) == (15, {"history": [15]})
     assert latest.tensors["w"].tolist() == [15.0, 15.0]
+
+
+def test_a_checkpoint_past_a_step_is_not_for_it(folder):
+    for step in (5, 10):
+        checkpoints.save(folder, Checkpoint(step, {"w": torch.zeros(1)}, {}))
+    assert [getattr(checkpoints.load_latest(folder, until), "step", None) for until in (10, 9, 4)] == [10, 5, None]
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "no note"])
@@ -34,14 +40,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(folder, harm, caplog):
         folder.write(f"{name}/state.safetensors", data[: len(data) // 2])
     else:
         folder.delete(f"{name}/state.json")
-    latest = checkpoints.load_latest(folder)
+    latest = checkpoints.load_latest(folder, 100)
     assert latest is not None
     assert latest.step == 1
     assert "step-00000002: passed over" in caplog.text
 
 
 def test_no_checkpoint_is_none(folder):
-    assert checkpoints.load_latest(folder) is None
+    assert checkpoints.load_latest(folder, 100) is None
 
 
 def test_a_changed_model_file_is_refused(folder):

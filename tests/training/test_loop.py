@@ -9,7 +9,7 @@ import pytest
 import torch
 from ray import cloudpickle
 
-from coda_ray.pipeline.train_stages import classify, pretrain
+from coda_ray.pipeline.train_stages import adapt, classify, pretrain
 from coda_ray.storage import open_place
 from coda_ray.training.checkpoints import read_tensors
 from synthetic import small_config, write_tiles
@@ -65,6 +65,30 @@ def test_a_run_that_was_broken_off_continues_to_the_bit(ray_cluster, tmp_path):
     assert kept == ["step-00000002", "step-00000004"]
     broken.run(second, None)
     assert_same(weights_of(first, stage), weights_of(second, broken))
+
+
+def test_a_state_in_the_middle_is_that_of_the_whole_and_the_whole_goes_on_from_it(ray_cluster, tmp_path):
+    first, second = configs(tmp_path, adapt={"steps": 7})
+    write_tiles(first, "t", batches=2)
+
+    def adapted(config, until):
+        pretrained = pretrain(config, "s", objective="dino-cb", seed=0)
+        pretrained.run(config, None)
+        return adapt(config, pretrained, "t", granularity="source", unit="t", seed=0, until=until)
+
+    whole, middle = adapted(first, None), adapted(first, 3)
+    with pytest.raises(ConnectionError):
+        whole.run(first, Breaks(tmp_path / "broke", 3, "raise"))
+    assert middle.run(first, None)["steps"] == 3
+    whole.run(first, None)
+    straight, paused = adapted(second, None), adapted(second, 5)
+    straight.run(second, None)
+    assert_same(weights_of(first, whole), weights_of(second, straight))
+    # The whole is there already: the state in the middle is made anew.
+    assert paused.run(second, None)["steps"] == 5
+    assert adapted(second, 3).run(second, None)["steps"] == 3
+    assert_same(weights_of(first, middle), weights_of(second, adapted(second, 3)))
+    assert len({stage.key for stage in (whole, middle, paused)}) == 3
 
 
 def test_a_finished_stage_is_never_run_again(ray_cluster, tmp_path):
@@ -125,42 +149,26 @@ def on(config, workers):
     return config.model_copy(update={"train": config.train.model_copy(update={"workers": workers})})
 
 
-def chain(config):
-    """Plan a pre-training and the classifier on it."""
-    pretrained = pretrain(config, "s", objective="dino-cb", seed=0)
-    return pretrained, classify(config, "s", seed=0, extractor=pretrained)
-
-
 @pytest.fixture(scope="module")
 def alone(ray_cluster, tmp_path_factory):
-    """Stages that ran inside one task, and a configuration of the same run with results of its own."""
+    """A stage that ran inside one task, and the configurations of that run and of the same with results of its own."""
     sections = {
         "dino": {"drop_path": 0.0},
         "views": {"jitter_probability": 0.0},
-        "classify": {"steps": 7, "validate_every": 2, "select": "last"},
         # Scores fall between log points: every rank must stop there.
-        "train": {"log_every": 3},
+        "train": {"log_every": 3, "knn_every": 2},
     }
     first, second = configs(tmp_path_factory.mktemp("groups"), **sections)
-    for stage in chain(first):
-        stage.run(first, None)
-    return first, second
+    stage = pretrain(first, "s", objective="dino-cb", seed=0)
+    stage.run(first, None)
+    return first, second, stage
 
 
 @pytest.mark.slow
-def test_groups_do_what_one_worker_does(alone):
-    first, second = alone
-    for stage in chain(second):
-        facts = stage.run(on(second, "1-2" if stage.kind == "pretrain" else "2"), None)
-        assert facts["workers"] == 2
-        assert_same(weights_of(first, stage), weights_of(second, stage), tolerance=2e-3)
-
-
-@pytest.mark.slow
-def test_a_worker_that_dies_changes_nothing(alone, tmp_path):
-    first, second = alone
-    config = second.model_copy(update={"results": second.results.model_copy(update={"address": str(tmp_path)})})
-    stage = pretrain(config, "s", objective="dino-cb", seed=0)
-    stage.run(on(config, "1"), Breaks(tmp_path / "died", 6, "exit"))
+def test_a_group_of_which_a_worker_dies_does_what_one_worker_does(alone, tmp_path):
+    first, second, stage = alone
+    grouped = pretrain(second, "s", objective="dino-cb", seed=0)
+    facts = grouped.run(on(second, "1-2"), Breaks(tmp_path / "died", 6, "exit"))
     assert (tmp_path / "died").exists()
-    assert_same(weights_of(first, stage), weights_of(config, stage))
+    assert facts["workers"] == 2
+    assert_same(weights_of(first, stage), weights_of(second, grouped), tolerance=2e-3)

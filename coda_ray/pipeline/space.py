@@ -1,0 +1,101 @@
+"""The space of a sweep: from its domains to points, and from a point to a configuration."""
+
+import math
+from collections.abc import Mapping
+from itertools import product
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+from ray import tune
+
+from coda_ray.config import Config, ConfigError, Range, Tune
+
+# Fields of section tune that a space may search; every other name is a field of the configuration.
+OWN = ("method", "granularity")
+Point = dict[str, Any]
+Domain = list[Any] | Range
+
+
+def config_at(config: Config, point: Mapping[str, Any]) -> Config:
+    """Put a point's values into a configuration.
+
+    Parameters
+    ----------
+    config
+        The sweep's configuration.
+    point
+        Name to value, as in `tune.space`.
+
+    Raises
+    ------
+    ConfigError
+        When there is no such field, or it takes no such value.
+    """
+    values = config.model_dump(mode="json")
+    for name, value in point.items():
+        *path, field = f"tune.{name}".split(".") if name in OWN else name.split(".")
+        section: Any = values
+        for step in path:
+            section = section.get(step) if isinstance(section, dict) else None
+        if not path or not isinstance(section, dict) or field not in section:
+            raise ConfigError(
+                f"tune.space.{name}: there is no such field; give method, granularity, or a field such as adapt.lr or "
+                "adapt.dino.ema_start"
+            )
+        section[field] = value
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise ConfigError(f"tune.space: {where or 'configuration'}: {problem['msg']} (of {dict(point)})") from None
+
+
+def points_of(settings: Tune) -> list[Point]:
+    """List the points of a grid, or draw those of a random search; the same every time, and more samples add to fewer."""
+    if settings.search == "grid":
+        return [dict(zip(settings.space, values, strict=True)) for values in product(*_lists(settings))]
+    return [
+        {name: _drawn(domain, np.random.default_rng([settings.seed, number, place]))
+         for place, (name, domain) in enumerate(settings.space.items())}
+        for number in range(settings.samples)
+    ]  # fmt: skip
+
+
+def corners(settings: Tune) -> list[Point]:
+    """List points that differ in one value each and together reach every value of lists and both ends of ranges."""
+    ends = {name: _ends(domain) if isinstance(domain, Range) else domain for name, domain in settings.space.items()}
+    first = {name: values[0] for name, values in ends.items()}
+    return [first, *({**first, name: value} for name, values in ends.items() for value in values[1:])]
+
+
+def tune_domain(domain: Domain) -> Any:
+    """Say a domain in Ray Tune's words."""
+    if not isinstance(domain, Range):
+        return tune.choice(domain)
+    if domain.whole:
+        low, past = round(domain.low), round(domain.high) + 1
+        return tune.lograndint(low, past) if domain.log else tune.randint(low, past)
+    return tune.loguniform(domain.low, domain.high) if domain.log else tune.uniform(domain.low, domain.high)
+
+
+def _ends(domain: Range) -> list[Any]:
+    """Both ends, as whole numbers where those are wanted."""
+    return [round(end) if domain.whole else end for end in (domain.low, domain.high)]
+
+
+def _lists(settings: Tune) -> list[list[Any]]:
+    """Domains of a grid, which are lists all."""
+    return [domain for domain in settings.space.values() if isinstance(domain, list)]
+
+
+def _drawn(domain: Domain, rng: np.random.Generator) -> Any:
+    """Draw one value."""
+    if not isinstance(domain, Range):
+        return domain[rng.integers(len(domain))]
+    low, high = (math.log(end) if domain.log else end for end in (domain.low, domain.high))
+    value = rng.uniform(low, high)
+    value = math.exp(value) if domain.log else value
+    # Four digits are what a person types again.
+    return min(max(round(value), math.ceil(domain.low)), math.floor(domain.high)) if domain.whole else float(f"{value:.4g}")

@@ -1,0 +1,394 @@
+"""The sweep: Ray Tune over the hyperparameters of an adaptation; what no trial changes is made once, before."""
+
+import json
+import logging
+import os
+import shlex
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from coda_ray.analysis.selection import CRITERIA
+from coda_ray.cluster import quieten
+from coda_ray.config import Config, ConfigError, dump_config
+from coda_ray.pipeline.matrix import TRAINING, StagesFailedError, run_stages
+from coda_ray.pipeline.space import OWN, config_at, corners, points_of, tune_domain
+from coda_ray.pipeline.stage import Stage
+from coda_ray.pipeline.transfer import with_needs
+from coda_ray.pipeline.trial import ORACLES, Cell, Trial, summary
+from coda_ray.storage import Folder, open_place
+from coda_ray.tiles.store import content_key
+from coda_ray.tracking.records import read_record, read_records
+from coda_ray.tracking.runs import Tracker
+from coda_ray.tracking.store import REPORT
+from coda_ray.training.launch import resources
+
+Say = Callable[[str], None]
+POINT = "point"
+# A trial waits for its stages, which reserve what they need as they do in a matrix; Tune refuses 0.
+TRIAL = {"CPU": 0.01}
+BEST, TABLE = "best.yaml", "trials.csv"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a sweep brought.
+
+    Parameters
+    ----------
+    table
+        One row per trial, the best first; then unfinished and failed ones; the unadapted models are among them, as trials
+        without values.
+    files
+        Address of the table and, once a trial finished, of the best configuration.
+    command
+        Adapts with the best values; None before a trial finished.
+    whole
+        Whether every trial ended: finished, stopped early or failed.
+    ui_hint
+        How to look at the runs in MLflow.
+    """
+
+    table: pd.DataFrame
+    files: list[str]
+    command: str | None
+    whole: bool
+    ui_hint: str | None
+
+
+def run_sweep(config: Config, command: str, say: Say) -> Outcome:
+    """Run what is missing of a sweep; the same configuration again continues it.
+
+    Parameters
+    ----------
+    config
+        Settings; section `tune` says what is searched.
+    command
+        The command line, for MLflow.
+    say
+        Receives lines of progress.
+
+    Returns
+    -------
+    Outcome
+        The ranked table, also after an interruption by Ctrl-C.
+
+    Raises
+    ------
+    ConfigError
+        Before anything runs, when the space does not fit.
+    DataError
+        Before anything runs, when tiles, labels or partners are not there.
+    StagesFailedError
+        When a stage that every trial stands on failed.
+    """
+    results = open_place(config.results)
+    cells = _bases(config)
+    upstream = with_needs(cell.before for cell in cells)
+    key = _key(config, cells)
+    job = _job(config, key, command, upstream)
+    results.write(f"jobs/{key}.json", json.dumps(job, indent=1).encode())
+    tracker = Tracker.open(config.tracking, results)
+    try:
+        tracker.start_job(job)
+        _make_upstream(config, results, upstream, say)
+        _search(config, results, key, tracker, say)
+        return _conclude(config, results, job, cells, tracker)
+    finally:
+        tracker.close()
+
+
+def _bases(config: Config) -> list[Cell]:
+    """Plan what no trial changes: the cells of each method at the configuration's own values.
+
+    Raises
+    ------
+    ConfigError
+        When there is nothing to search, a name is unknown, or a value changes what trials should share.
+    """
+    settings = config.tune
+    if not settings.pairs or not settings.space:
+        raise ConfigError(f"tune.{'space' if settings.pairs else 'pairs'} is empty; say what is to be searched, see --help")
+    known = {*CRITERIA, *ORACLES}
+    if settings.objective not in known:
+        raise ConfigError(f"tune.objective = {settings.objective!r}: choose from {', '.join(sorted(known))}")
+    found: dict[str, Cell] = {}
+    for point in corners(settings):
+        own = {name: value for name, value in point.items() if name in OWN}
+        for base, cell in zip(Trial.at(config, "", own).cells, Trial.at(config, "", point).cells, strict=True):
+            if base.unadapted.key != cell.unadapted.key:
+                changed = next(name for name in point if name not in OWN and not name.startswith(("adapt.", "tent.")))
+                raise ConfigError(
+                    f"tune.space.{changed}: it changes the unadapted model, which trials share; search fields of the adaptation, "
+                    "such as adapt.lr or adapt.dino.ema_start, and run jobs/matrix.py for the rest"
+                )
+            found.setdefault(base.before.key, base)
+    return list(found.values())
+
+
+def _key(config: Config, cells: Sequence[Cell]) -> str:
+    """Name a sweep by what is searched and what it stands on; more samples, or more room, are the same sweep."""
+    settings = config.tune.model_dump(mode="json", exclude={"samples", "at_once"})
+    plain = [stage.key for cell in cells for stage in cell.after(None)]
+    return content_key({"kind": "tune", "tune": settings, "cells": plain})
+
+
+def _job(config: Config, key: str, command: str, upstream: Sequence[Stage]) -> dict[str, Any]:
+    """Describe the sweep for MLflow."""
+    settings = config.tune
+    ends = ", ".join(f"{source} → {target}" for source, target in settings.pairs)
+    return {
+        "key": key,
+        "kind": "tune",
+        "name": f"sweep of {', '.join(settings.space)}, {ends}",
+        "command": command,
+        "config": config.model_dump(mode="json"),
+        "whole": False,
+        "transfers": [],
+        "stages": [stage.path for stage in upstream if stage.kind in TRAINING],
+    }
+
+
+def _make_upstream(config: Config, results: Folder, upstream: Sequence[Stage], say: Say) -> None:
+    """Run once what every trial looks up."""
+    missing = [stage for stage in upstream if stage.facts(results) is None]
+    if not missing:
+        return
+    say("before the trials:")
+    failures = run_stages(config, upstream, say)
+    if failures:
+        told = "\n".join(f"  {title}: {reason}" for title, reason in failures.items())
+        raise StagesFailedError(f"no trial was started, because stages that they stand on failed:\n{told}")
+
+
+def _search(config: Config, results: Folder, key: str, tracker: Tracker, say: Say) -> None:
+    """Let Tune run the trials that are missing."""
+    settings = config.tune
+    ended = {record["key"]: record for record in _records(results, key) if record["status"] in ("finished", "stopped")}
+    if settings.search == "optuna":
+        number, space, algorithm = _optuna(config, list(ended.values()))
+        planned = settings.samples
+    else:
+        points = {Trial.at(config, key, point).key: point for point in points_of(settings)}
+        missing = [point for name, point in points.items() if name not in ended]
+        number, space, algorithm = len(missing), {POINT: tune.grid_search(missing)}, None
+        planned = len(points)
+    say(f"{planned} trials, {planned - number} of them finished before")
+    if not number:
+        return
+    progress = _Progress(config, key, tracker, planned, planned - number, say)
+    with tempfile.TemporaryDirectory(prefix="coda_ray_tune_") as scratch:
+        # Tune's own state is pickled, and so never read again: a sweep continues from the records of its trials.
+        for name, value in {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}.items():
+            os.environ.setdefault(name, value)
+        # Failed trials are told in a line each.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+        tuner = tune.Tuner(
+            tune.with_resources(partial(_run_trial, base=config, sweep=key), TRIAL),
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                metric="score",
+                mode=_mode(settings.objective),
+                scheduler=_scheduler(config),
+                search_alg=algorithm,
+                num_samples=number if algorithm else 1,
+                max_concurrent_trials=_at_once(config),
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name=key, storage_path=scratch, callbacks=[progress], verbose=0, failure_config=tune.FailureConfig(max_failures=0)
+            ),
+        )
+        tuner.fit()
+
+
+def _run_trial(tuned: Mapping[str, Any], base: Config, sweep: str) -> None:
+    """Run one trial in a process of Tune's."""
+    quieten()
+    trial = Trial.at(base, sweep, tuned[POINT])
+    try:
+        trial.run(lambda record: tune.report({"score": record["score"], "step": record["step"]}))
+    except Exception as error:
+        trial.fail(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+        raise
+
+
+def _optuna(config: Config, ended: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, Any], OptunaSearch]:
+    """Say the space in Tune's words, with what earlier drivers found in it."""
+    settings = config.tune
+    space = {POINT: {name: tune_domain(domain) for name, domain in settings.space.items()}}
+    scored = [record for record in ended if record["score"] is not None]
+    algorithm = OptunaSearch(
+        metric="score",
+        mode=_mode(settings.objective),
+        seed=settings.seed + len(ended),
+        points_to_evaluate=[{f"{POINT}/{name}": value for name, value in record[POINT].items()} for record in scored] or None,
+        evaluated_rewards=[record["score"] for record in scored] or None,
+    )
+    return max(0, settings.samples - len(ended)), space, algorithm
+
+
+def _mode(objective: str) -> str:
+    """Which way is better."""
+    return "max" if objective in ORACLES or CRITERIA[objective] == "higher" else "min"
+
+
+def _scheduler(config: Config) -> ASHAScheduler | None:
+    """End bad trials early, where that is wanted."""
+    settings = config.tune
+    if not settings.stop_early:
+        return None
+    longest = max(Trial.at(config, "", point).steps for point in corners(settings))
+    return ASHAScheduler(time_attr="step", max_t=longest, grace_period=settings.score_every, reduction_factor=settings.reduction)
+
+
+def _at_once(config: Config) -> int:
+    """Most trials side by side: as many as have room for a stage each, for early stopping needs trials that move."""
+    if config.tune.at_once:
+        return config.tune.at_once
+    least = max(1, config.train.worker_range[0])
+    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return max(1, min(int(have.get(name, 0) // (amount * least)) for name, amount in resources(config.train).items()))
+
+
+class _Progress(tune.Callback):
+    """Tells what becomes of trials, and keeps the records of those that did not come to their end."""
+
+    def __init__(self, base: Config, key: str, tracker: Tracker, planned: int, done: int, say: Say) -> None:
+        self.base, self.key, self.tracker, self.planned, self.done, self.say = base, key, tracker, planned, done, say
+        self.results = open_place(base.results)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tune pickles its callbacks with its state, which is never read again."""
+        return tune.Callback, ()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Send a trial that finished or was stopped early."""
+        tried = Trial.at(self.base, self.key, trial.config[POINT])
+        record = self._read(tried) or {}
+        if record["status"] == "running":
+            record["status"] = "stopped"
+            self.results.write(tried.path, json.dumps(record, indent=1).encode())
+        self._told(record, f"{record['status']} at step {record['step']}, score {_text(record['score'])}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tell why a trial raised; one whose process died could not say it."""
+        tried = Trial.at(self.base, self.key, trial.config[POINT])
+        record = self._read(tried)
+        if record is None or record["status"] != "failed":
+            record = tried.fail("its process died; Ray's log says why (out of memory?)")
+        self._told(record, f"failed: {record['reason']}")
+
+    def _read(self, trial: Trial) -> dict[str, Any] | None:
+        """Read what the trial's process wrote."""
+        return read_record(self.results, trial.path) if self.results.exists(trial.path) else None
+
+    def _told(self, record: Mapping[str, Any], what: str) -> None:
+        self.done += 1
+        values = ", ".join(f"{name} {_text(value)}" for name, value in record["point"].items())
+        self.say(f"[{self.done}/{self.planned}] {values}: {what}")
+        self.tracker.trial(record)
+
+
+def _text(value: Any) -> str:
+    """Show a value or a score."""
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
+
+
+def _records(results: Folder, key: str) -> list[dict[str, Any]]:
+    """Read what is known of a sweep's trials."""
+    return read_records(results, f"sweeps/{key}")
+
+
+def _conclude(config: Config, results: Folder, job: dict[str, Any], cells: Sequence[Cell], tracker: Tracker) -> Outcome:
+    """Rank the trials, and write the table and the best configuration."""
+    records = _records(results, job["key"])
+    table = _table(config, records, cells)
+    files = {TABLE: table.to_csv(index=False).encode()}
+    command = None
+    finished = table[(table["status"] == "finished") & table["score"].notna()]
+    folder = results.child(f"{REPORT}/{job['key']}")
+    if len(finished):
+        (best,) = [record for record in records if record["key"] == finished["key"].iloc[0]]
+        files[BEST] = dump_config(config_at(config, best[POINT])).encode()
+        command = _command(config_at(config, best[POINT]), folder.address(BEST))
+    for name, content in files.items():
+        folder.write(name, content)
+    whole = not (table["status"] == "running").any() and len(records) >= _expected(config)
+    if whole:
+        job["whole"] = True
+        results.write(f"jobs/{job['key']}.json", json.dumps(job, indent=1).encode())
+        tracker.finish_job(job)
+    tracker.report(job, files)
+    return Outcome(table, [folder.address(name) for name in files], command, whole, tracker.ui_hint)
+
+
+def _expected(config: Config) -> int:
+    """How many different trials there are to be; Optuna may draw one twice."""
+    return 1 if config.tune.search == "optuna" else len({content_key({"point": point}) for point in points_of(config.tune)})
+
+
+def _table(config: Config, records: Sequence[Mapping[str, Any]], cells: Sequence[Cell]) -> pd.DataFrame:
+    """Rank trials by their score; what did not finish comes after, and the unadapted models stand among them."""
+    names, objective = list(config.tune.space), config.tune.objective
+    rows = [
+        {
+            **{name: record[POINT].get(name) for name in names},
+            "status": record["status"],
+            "step": record.get("step"),
+            "score": record["score"],
+            "score_std": record.get("score_std"),
+            "n_seeds": len({cell["seed"] for cell in record.get("cells", [])}),
+            **{name: summary(record["cells"], name)[0] if record.get("cells") else None for name in (*CRITERIA, *ORACLES)},
+            "reason": record.get("reason"),
+            "key": record["key"],
+        }
+        for record in records
+    ]
+    rows += [_unadapted(config, method, own) for method, own in _by_method(cells).items()]
+    frame = pd.DataFrame(rows)
+    frame["n_trials"] = len(records)
+    worst = frame["status"].map({"finished": 0, "unadapted": 0}).fillna(1)
+    ordered = frame.assign(worst=worst, sign=frame["score"].astype(float) * (-1 if _mode(objective) == "max" else 1))
+    return ordered.sort_values(["worst", "sign"], na_position="last").drop(columns=["worst", "sign"]).reset_index(drop=True)
+
+
+def _by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Group cells by method."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.request.method, []).append(cell)
+    return found
+
+
+def _unadapted(config: Config, method: str, cells: Sequence[Cell]) -> dict[str, Any]:
+    """A row for the model that a method starts from."""
+    measured = [cell.measure_unadapted() for cell in cells]
+    mean, spread = summary(measured, config.tune.objective)
+    return {
+        "method": method,
+        "status": "unadapted",
+        "step": 0,
+        "score": mean,
+        "score_std": spread,
+        "n_seeds": len({cell["seed"] for cell in measured}),
+        **{name: summary(measured, name)[0] for name in (*CRITERIA, *ORACLES)},
+        "key": f"unadapted {method}",
+    }
+
+
+def _command(best: Config, file: str) -> str:
+    """Adapt with the best values, by hand."""
+    settings = best.tune
+    (source, target), seed = settings.pairs[0], settings.seeds[0]
+    words = ["python", "jobs/adapt.py", "--config", file, "--source", source, "--target", target]
+    words += ["--method", settings.method, "--granularity", settings.granularity, "--seed", str(seed)]
+    return shlex.join(words)

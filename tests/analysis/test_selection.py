@@ -1,0 +1,84 @@
+import math
+
+import numpy as np
+import pytest
+
+from coda_ray.analysis.selection import CRITERIA, mean_entropy, mutual_information, rank_me
+
+
+def entropy(shares):
+    return -sum(p * math.log(p) for p in shares if p > 0)
+
+
+def softmax(rng, rows, classes, scale=2.0):
+    logits = np.exp(scale * rng.normal(size=(rows, classes)))
+    return (logits / logits.sum(1, keepdims=True)).astype(np.float32)
+
+
+def test_rank_me_is_the_perplexity_of_the_singular_values():
+    rng = np.random.default_rng(0)
+    features = (rng.normal(size=(40, 6)) * [9, 4, 1, 1, 0.2, 0] + 3).astype(np.float32)
+    # The singular values by the eigenvalues of the Gram matrix; the paper's small number moves little.
+    values = np.sqrt(np.clip(np.linalg.eigvalsh(features.astype(np.float64).T @ features), 0, None))
+    expected = math.exp(entropy(values / values.sum()))
+    assert rank_me(features) == pytest.approx(expected, rel=1e-5)
+    papers = values / values.sum() + 1e-7
+    assert rank_me(features) == pytest.approx(math.exp(entropy(papers)), rel=1e-4)
+
+
+def test_rank_me_counts_directions():
+    rng = np.random.default_rng(1)
+    rotation = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    assert rank_me(7 * rotation) == pytest.approx(8)
+    assert rank_me(rotation[:, :3] @ rng.normal(size=(3, 1)) @ np.ones((1, 5))) == pytest.approx(1)
+    features = rng.normal(size=(30, 4))
+    assert rank_me(features) == pytest.approx(rank_me(1e-3 * features))
+    assert rank_me(features) > rank_me(features + 20)
+
+
+def test_entropy_and_information_equal_sums_over_images():
+    probabilities = softmax(np.random.default_rng(2), 25, 5)
+    rows = [[p / math.fsum(row) for p in row] for row in probabilities.astype(float).tolist()]
+    of_images = math.fsum(entropy(row) for row in rows) / 25
+    of_mean = entropy([math.fsum(row[k] for row in rows) / 25 for k in range(5)])
+    assert mean_entropy(probabilities) == pytest.approx(of_images, abs=1e-12)
+    assert mutual_information(probabilities) == pytest.approx(of_mean - of_images, abs=1e-12)
+
+
+def test_information_is_that_of_the_joint_distribution():
+    probabilities = softmax(np.random.default_rng(3), 12, 4).astype(np.float64)
+    joint = probabilities / probabilities.sum(1, keepdims=True) / 12
+    of_class = joint.sum(0)
+    terms = [joint[i, k] * math.log(joint[i, k] / (of_class[k] / 12)) for i in range(12) for k in range(4)]
+    assert mutual_information(probabilities) == pytest.approx(math.fsum(terms), abs=1e-12)
+
+
+def test_entropy_and_information_at_their_ends():
+    sure, unsure, same = np.eye(4), np.full((6, 4), 0.25), np.eye(4)[[2, 2, 2]]
+    assert mean_entropy(sure) == 0
+    assert mutual_information(sure) == pytest.approx(math.log(4))
+    assert mean_entropy(unsure) == pytest.approx(math.log(4))
+    assert mutual_information(unsure) == pytest.approx(0, abs=1e-12)
+    assert mean_entropy(same) == mutual_information(same) == 0
+
+
+def test_every_criterion_has_a_direction():
+    assert set(CRITERIA.values()) == {"higher", "lower"}
+    assert {name for name, direction in CRITERIA.items() if direction == "lower"} == {"mean_entropy", "held_out_loss"}
+    assert "moa_map" not in CRITERIA
+
+
+def test_wrong_input_is_refused():
+    good = softmax(np.random.default_rng(4), 5, 3)
+    for criterion in (rank_me, mean_entropy, mutual_information):
+        with pytest.raises(ValueError, match=r"\(5,\) must be \(N, D\)"):
+            criterion(good[:, 0])
+        with pytest.raises(ValueError, match=r"\(0, 3\) must be"):
+            criterion(good[:0])
+        with pytest.raises(ValueError, match="not finite"):
+            criterion(good * np.nan)
+    with pytest.raises(ValueError, match="all 5 features are zero"):
+        rank_me(0 * good)
+    for wrong in (good - 0.5, np.vstack([good, 0 * good[:1]])):
+        with pytest.raises(ValueError, match="give softmax outputs"):
+            mean_entropy(wrong)

@@ -1,0 +1,209 @@
+"""Sweeps on a real Ray: what is run, what is looked up, what fails, and what the table says."""
+
+import json
+import math
+import shlex
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from coda_ray.config import Config, ConfigError, Range
+from coda_ray.pipeline import data
+from coda_ray.pipeline.evaluate import TILE_ID, predictions_of
+from coda_ray.pipeline.space import config_at
+from coda_ray.pipeline.sweep import TABLE, _bases, _key, run_sweep
+from coda_ray.pipeline.transfer import Request, plan, with_needs
+from coda_ray.pipeline.trial import Trial
+from coda_ray.storage import open_place
+from coda_ray.tiles.store import LABEL
+from synthetic import small_config, write_tiles
+
+pytestmark = pytest.mark.slow
+RATES = [1e-3, 1e-4, 1e-5, 2e-3, 1e30]
+TUNE = {
+    "pairs": [("a", "b")],
+    "seeds": [0, 1],
+    "space": {"granularity": ["source", "batch"], "adapt.lr": [1e-3]},
+    "search": "grid",
+    "objective": "mean_entropy",
+    "score_every": 2,
+}
+
+
+def world(root, **tune) -> Config:
+    config = small_config(root, tune={**TUNE, **tune}, criteria={"tiles": 16})
+    for source in ("a", "b"):
+        write_tiles(config, source, batches=2, plates_per_batch=2)
+    return config
+
+
+def swept(config):
+    said = []
+    outcome = run_sweep(config, "python jobs/tune.py", said.append)
+    return outcome, said
+
+
+def changed(config, **fields):
+    return config.model_copy(update={"tune": config.tune.model_copy(update=fields)})
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, tmp_path_factory):
+    """A grid of two points, each scored in the middle and at the end."""
+    config = world(tmp_path_factory.mktemp("sweep"))
+    return config, *swept(config)
+
+
+@pytest.fixture(scope="module")
+def culled(finished):
+    """A grid whose bad trials end early, and of which one fails: a learning rate of 1e30 diverges."""
+    config = changed(finished[0], space={"adapt.lr": RATES}, seeds=[0], stop_early=True, reduction=2.0, at_once=1)
+    return config, *swept(config)
+
+
+def test_every_trial_is_ranked_beside_the_unadapted_model(finished):
+    _, outcome, said = finished
+    assert outcome.table["status"].value_counts().to_dict() == {"finished": 2, "unadapted": 1}
+    assert outcome.table["score"].is_monotonic_increasing
+    assert outcome.whole
+    assert "2 trials, 0 of them finished before" in said
+    assert sum("finished at step 4, score" in line for line in said) == 2
+
+
+def test_a_trial_that_raises_is_recorded_and_the_rest_finish(culled):
+    _, outcome, _ = culled
+    assert outcome.whole
+    row = outcome.table.iloc[-1]
+    assert (row["status"], row["adapt.lr"]) == ("failed", 1e30)
+    assert "diverged" in row["reason"] or "FloatingPointError" in row["reason"]
+    assert set(outcome.table["status"]) >= {"finished", "failed", "unadapted"}
+
+
+def test_bad_trials_end_early(culled):
+    _, outcome, _ = culled
+    stopped = outcome.table[outcome.table["status"] == "stopped"]
+    assert set(stopped["step"]) == {2}
+    assert stopped.index[0] > outcome.table.index[outcome.table["status"] == "finished"].max()
+
+
+def test_the_same_command_again_runs_what_failed_alone(culled):
+    config, outcome, _ = culled
+    again, said = swept(config)
+    assert "5 trials, 4 of them finished before" in said
+    assert "before the trials:" not in said
+    pd.testing.assert_frame_equal(again.table, outcome.table)
+
+
+def entropy_and_accuracy(config, seed):
+    """Of the adapted model's stored predictions, computed one by one."""
+    after = plan(config, Request("a", "b", "coda", "source", seed))[-1].evaluation
+    table = pd.read_parquet(open_place(config.results).child(after.path).path("predictions.parquet"))
+    probabilities = table.filter(like="probability_").to_numpy(float)
+    entropies = [-sum(p * math.log(p) for p in row if p > 0) for row in probabilities]
+    truth = table.merge(data.load_tiles(config, "b").frame[[*TILE_ID, LABEL]], on=TILE_ID).dropna(subset=LABEL)
+    return fmean(entropies), (truth["predicted"] == truth[LABEL]).mean()
+
+
+def test_a_score_is_what_one_computes_from_the_stored_predictions(finished):
+    config, outcome, _ = finished
+    table = outcome.table
+    row = table[(table["status"] == "finished") & (table["granularity"] == "source")].iloc[0]
+    (first, right), (second, rightly) = (entropy_and_accuracy(config_at(config, {"adapt.lr": 1e-3}), seed) for seed in (0, 1))
+    assert row["score"] == pytest.approx((first + second) / 2, abs=1e-4)
+    assert row["score_std"] == pytest.approx(abs(first - second) / 2**0.5, abs=1e-4)
+    assert row["oracle_accuracy"] == pytest.approx((right + rightly) / 2)
+    assert row["n_seeds"] == 2
+
+
+def test_units_are_read_by_their_own_models(finished):
+    config, _, _ = finished
+    cell = Trial.at(config, "", {"granularity": "batch", "adapt.lr": 1e-3}).cells[0]
+    evaluation, last = cell.after(None)
+    joined = predictions_of(cell.config, evaluation).set_index(TILE_ID)
+    assert len(joined) == len(cell.index)
+    parts = [predictions_of(cell.config, stage).set_index(TILE_ID) for stage in evaluation.needs]
+    assert [set(part.index.get_level_values("Metadata_Batch")) for part in parts] == [{"b0"}, {"b1"}]
+    pd.testing.assert_frame_equal(joined.sort_index(), pd.concat(parts).sort_index())
+    facts = last.facts(open_place(config.results))
+    assert facts["criteria"]["held_out_loss"] > 0
+
+
+def test_the_best_is_written_as_a_configuration_and_as_a_command(finished):
+    _, outcome, _ = finished
+    best = outcome.table[outcome.table["status"] == "finished"].iloc[0]
+    file = next(address for address in outcome.files if address.endswith("best.yaml"))
+    chosen = Config.model_validate(yaml.safe_load(Path(file).read_text()))
+    assert (chosen.adapt.lr, chosen.tune.granularity) == (best["adapt.lr"], best["granularity"])
+    words = ["--source", "a", "--target", "b", "--method", "coda", "--granularity", best["granularity"], "--seed", "0"]
+    assert shlex.split(outcome.command) == ["python", "jobs/adapt.py", "--config", file, *words]
+    assert list(pd.read_csv(next(f for f in outcome.files if f.endswith(TABLE)))["key"]) == list(outcome.table["key"])
+
+
+def test_states_in_the_middle_leave_their_criteria_alone(finished):
+    config, _, _ = finished
+    results = open_place(config.results)
+    cell = Trial.at(config, "", {"granularity": "source", "adapt.lr": 1e-3}).cells[0]
+    evaluation, last = cell.after(2)
+    assert last.facts(results)
+    assert evaluation.facts(results) is None
+    assert evaluation.needs[1].facts(results) is None
+    trial = Trial.at(config, _key(config, _bases(config)), {"granularity": "source", "adapt.lr": 1e-3})
+    curve = json.loads(results.read(trial.path))["curve"]
+    assert [point["step"] for point in curve] == [2, 4]
+
+
+def test_no_label_of_the_target_is_behind_a_score(finished, monkeypatch):
+    config, _, _ = finished
+    true = data.load_tiles
+
+    def planned():
+        (cell, _) = Trial.at(config, "", {"granularity": "batch", "adapt.lr": 1e-3}).cells
+        return [stage.key for stage in with_needs([cell.after(2)[1], cell.after(None)[1]])]
+
+    def noisy(config, source):
+        index = true(config, source)
+        if source == "a":
+            return index
+        labels = np.random.default_rng(0).permutation(index.frame[LABEL])
+        return type(index)(index.frame.assign(**{LABEL: labels}), index.folder, index.channels)
+
+    before = planned()
+    monkeypatch.setattr(data, "load_tiles", noisy)
+    assert planned() == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"space": {}}, "tune.space is empty"),
+        ({"pairs": []}, "tune.pairs is empty"),
+        ({"objective": "accuracy"}, "tune.objective = 'accuracy': choose from .*oracle_accuracy"),
+        ({"space": {"dino.ema_start": [0.9, 0.99]}}, r"tune\.space\.dino\.ema_start: it changes the unadapted model"),
+        ({"space": {"adapt.speed": [1]}}, r"tune\.space\.adapt\.speed: there is no such field"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_told_before_anything_runs(finished, fields, told):
+    config, _, _ = finished
+    with pytest.raises(ConfigError, match=told):
+        swept(changed(config, **fields))
+
+
+def test_optuna_goes_on_from_what_was_found(finished):
+    config, _, _ = finished
+    space = {"adapt.lr": Range(low=1e-4, high=1e-2, log=True)}
+    config = changed(config, search="optuna", space=space, seeds=[0], samples=3, score_every=0)
+    results = open_place(config.results)
+    key = _key(config, _bases(config))
+    for rate, score in ((2e-4, 0.5), (5e-4, 0.4)):
+        trial = Trial.at(config, key, {"adapt.lr": rate})
+        record = {**trial.fail(""), "status": "finished", "step": 4, "score": score, "cells": []}
+        results.write(trial.path, json.dumps(record).encode())
+    outcome, said = swept(config)
+    assert "3 trials, 2 of them finished before" in said
+    assert (outcome.table["status"] == "finished").sum() == 3
+    (rate,) = set(outcome.table.dropna(subset="adapt.lr")["adapt.lr"]) - {2e-4, 5e-4}
+    assert 1e-4 <= rate <= 1e-2

@@ -1,0 +1,427 @@
+"""The files that start clusters, checked without one: by Ray's launcher, the models of AWS and Kubernetes, and our rules."""
+
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from packaging.version import Version
+
+from kuberay_crd import cluster_of, pods_of, schema_of
+
+ROOT = Path(__file__).resolve().parents[1]
+PATHS = ["cluster.yaml", "Dockerfile", "requirements.lock", "docs/cluster.md"]
+PATHS += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "deploy").rglob("*")) if path.is_file()]
+KUBERNETES = "1.33"
+FLOORS = {"ray": "2.54", "mlflow": "3.5", "torch": "2.6"}
+
+
+@pytest.fixture
+def files():
+    return {path: (ROOT / path).read_text() for path in PATHS}
+
+
+def documents(files):
+    """Yield every YAML document with its path."""
+    for path, text in files.items():
+        if path.endswith(".yaml"):
+            yield path, yaml.safe_load(text)
+
+
+def nested(value):
+    """Yield every (key, value) of a document."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        yield key, inner
+        yield from nested(inner)
+
+
+# Rules. Each yields (path, what is wrong).
+
+
+def listens_everywhere(files):
+    for path, text in files.items():
+        for found in re.findall(r"0\.0\.0\.0|\[::\]|\s::/0", text):
+            yield path, found
+
+
+def public(files):
+    for path, document in documents(files):
+        for key, value in nested(document):
+            if value in ("LoadBalancer", "NodePort") or (key, value) in (("enableIngress", True), ("kind", "Ingress")):
+                yield path, f"{key}: {value}"
+            if key == "ports" and "services" in document:
+                yield from ((path, port) for port in value if not str(port).startswith("127.0.0.1:"))
+
+
+# A literal behind a name that holds a secret. References ($…, ${…}, "…", file://) are how it should be.
+NAMED = re.compile(r"(?i)\b[\w.-]*(?:password|passwd|secret|token|access_key|api_key)['\"]?[ \t]*[:=][ \t]*(?P<value>[^\s,}]+)")
+REFERENCE = re.compile(r"""['"]?(?:\$|…|file://|\[|\{|true\b|false\b)""")
+# Identifiers of AWS, PEM files, and anything as long and mixed as a random key; long words have fewer digits.
+KEY = re.compile(r"AKIA[0-9A-Z]{16}|-----BEGIN|\b(?=(?:[A-Za-z+=]*\d){4})(?=\d*[A-Za-z])[A-Za-z0-9+=]{32,}\b")
+
+
+def secret(files):
+    for path, text in files.items():
+        if path == "requirements.lock":
+            continue
+        for found in NAMED.finditer(text):
+            if not REFERENCE.match(found["value"]):
+                yield path, found[0]
+        for found in KEY.finditer(text):
+            yield path, found[0]
+
+
+def open_ray(files):
+    for path, text in files.items():
+        if re.search(r"RAY_AUTH_MODE['\"]?\s*[:=,]\s*['\"]?(?!token)\w", text):
+            yield path, "another RAY_AUTH_MODE"
+    if not re.search(r"^(?:ENV|   ) *RAY_AUTH_MODE=token\b", files["Dockerfile"], re.MULTILINE):
+        yield "Dockerfile", "no RAY_AUTH_MODE"
+    for path, document in documents(files):
+        for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+            for command in document.get(key, []):
+                if "ray start" in command and "export RAY_AUTH_MODE=token;" not in command:
+                    yield path, command
+        if document.get("apiVersion") == "ray.io/v1" and (cluster := cluster_of(document)):
+            auth = cluster.get("authOptions", {})
+            if auth.get("mode") != "token" or not auth.get("secretName"):
+                yield path, f"authOptions: {auth}"
+
+
+def open_dashboard(files):
+    for command in yaml.safe_load(files["cluster.yaml"])["head_start_ray_commands"]:
+        if "ray start" in command and "--dashboard-host=127.0.0.1" not in command:
+            yield "cluster.yaml", command
+
+
+def loose_image(files):
+    images = [("Dockerfile", image) for image in re.findall(r"^FROM (?:--\S+ )*(\S+)", files["Dockerfile"], re.MULTILINE)]
+    for path, document in documents(files):
+        images += [(path, value) for key, value in nested(document) if key in ("image", "head_image", "worker_image")]
+    for path, image in images:
+        if not re.search(r":v?\d+\.\d+[\w.-]*$|@sha256:[0-9a-f]{64}$", image):
+            yield path, image
+
+
+def loose_build(files):
+    lines = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", files["Dockerfile"], flags=re.MULTILINE)).splitlines()
+    for line in lines:
+        if "://" in line or line.startswith("ADD "):
+            yield "Dockerfile", line
+        if "pip install" in line and "--require-hashes" not in line and "--no-index" not in line:
+            yield "Dockerfile", line
+    users = [line.split()[1] for line in lines if line.startswith("USER ")]
+    if not users or users[-1] in ("root", "0"):
+        yield "Dockerfile", "runs as root"
+
+
+def loose_pod(files):
+    for path, document in documents(files):
+        if document.get("apiVersion") != "ray.io/v1":
+            continue
+        for pod in pods_of(document):
+            whole = pod["spec"].get("securityContext", {})
+            for container in pod["spec"]["containers"]:
+                own = container.get("securityContext", {})
+                # The autoscaler's container runs in the head's pod.
+                as_user = whole.get("runAsNonRoot") or container["name"] == "autoscaler"
+                if not as_user or own.get("allowPrivilegeEscalation") is not False:
+                    yield path, container["name"]
+
+
+def loose_machine(files):
+    for name, kind in yaml.safe_load(files["cluster.yaml"])["available_node_types"].items():
+        node = kind["node_config"]
+        if not (node.get("SecurityGroupIds") and node.get("IamInstanceProfile")):
+            yield "cluster.yaml", f"{name}: the launcher's own group or role"
+        if node.get("MetadataOptions", {}).get("HttpTokens") != "required":
+            yield "cluster.yaml", f"{name}: metadata without a session"
+
+
+def loose_role(files):
+    for path, text in files.items():
+        for statement in json.loads(text)["Statement"] if path.endswith(".json") else ():
+            actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+            for action in actions:
+                bound = statement.get("Resource") != "*" or "Condition" in statement or action.startswith("ec2:Describe")
+                if "*" in action or not (bound or "Principal" in statement):
+                    yield path, action
+
+
+def old_release(files):
+    for name, floor in FLOORS.items():
+        found = re.search(rf"^{name}==(\S+)", files["requirements.lock"], re.MULTILINE)
+        if not found or Version(found[1]) < Version(floor):
+            yield "requirements.lock", f"{name} below {floor}"
+
+
+RULES = [
+    listens_everywhere, public, secret, open_ray, open_dashboard, loose_image, loose_build, loose_pod, loose_machine, loose_role,
+    old_release,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_files_keep_the_rules(files, rule):
+    assert list(rule(files)) == []
+
+
+SPOILT = [
+    (listens_everywhere, "cluster.yaml", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0"),
+    (listens_everywhere, "deploy/mlflow/compose.yaml", "${MLFLOW_BIND:-127.0.0.1}", "0.0.0.0"),  # noqa: S104
+    (listens_everywhere, "docs/cluster.md", "YOUR.ADDRESS/32", "0.0.0.0/0"),
+    (public, "deploy/kuberay/raycluster.yaml", "serviceType: ClusterIP", "serviceType: LoadBalancer"),
+    (public, "deploy/kuberay/raycluster.yaml", "serviceType: ClusterIP", "serviceType: NodePort"),
+    (public, "deploy/kuberay/raycluster.yaml", "enableIngress: false", "enableIngress: true"),
+    (public, "deploy/mlflow/compose.yaml", "127.0.0.1:5432:5432", "5432:5432"),
+    (secret, "deploy/mlflow/compose.yaml", "${MLFLOW_DATABASE_PASSWORD:?a long random string}", "hunter2"),
+    (secret, "deploy/mlflow/README.md", "export MLFLOW_DATABASE_PASSWORD=…", "export MLFLOW_DATABASE_PASSWORD=mlflow"),
+    (secret, "deploy/mlflow/compose.yaml", "AWS_SECRET_ACCESS_KEY:", "AWS_SECRET_ACCESS_KEY: abcdefgh"),
+    (secret, "docs/cluster.md", 'auth_token="$HOME/.ray/coda-ray"', "auth_token=letmein"),
+    (secret, "cluster.yaml", "cluster_name: coda-ray", f"cluster_name: {'3f' * 32}"),
+    (secret, "Dockerfile", "PYTHONUNBUFFERED=1", "AWS_ACCESS_KEY_ID=AKIA" + "A2" * 8),
+    (open_ray, "Dockerfile", "RAY_AUTH_MODE=token", "RAY_AUTH_MODE=disabled"),
+    (open_ray, "Dockerfile", "RAY_AUTH_MODE=token", "RAY_OTHER=token"),
+    (open_ray, "cluster.yaml", "export RAY_AUTH_MODE=token;\n    ray start --head", "ray start --head"),
+    (open_ray, "cluster.yaml", "export RAY_AUTH_MODE=token;\n    ray start --address", "ray start --address"),
+    (open_ray, "deploy/kuberay/raycluster.yaml", "mode: token", "mode: disabled"),
+    (open_ray, "deploy/kuberay/raycluster.yaml", "secretName: coda-ray-token", ""),
+    (open_dashboard, "cluster.yaml", "--dashboard-host=127.0.0.1", ""),
+    (loose_image, "Dockerfile", "python:3.11.14-slim-bookworm", "python:latest"),
+    (loose_image, "cluster.yaml", "image: coda-ray:0.1.0", "image: coda-ray"),
+    (loose_image, "deploy/kuberay/raycluster.yaml", "coda-ray:0.1.0", "coda-ray:latest"),
+    (loose_image, "deploy/mlflow/compose.yaml", "postgres:17.6-bookworm", "postgres:17"),
+    (loose_build, "Dockerfile", "--require-hashes ", ""),
+    (loose_build, "Dockerfile", "COPY requirements.lock", "ADD requirements.lock"),
+    (loose_build, "Dockerfile", "--no-index", "--index-url https://example.org/simple"),
+    (loose_build, "Dockerfile", "USER 1000", "USER root"),
+    (loose_pod, "deploy/kuberay/raycluster.yaml", "runAsNonRoot: true", "runAsNonRoot: false"),
+    (loose_pod, "deploy/kuberay/raycluster.yaml", "allowPrivilegeEscalation: false", "privileged: true"),
+    (loose_machine, "cluster.yaml", "SecurityGroupIds: &groups [sg-00000000000000000]", "SecurityGroupIds: &groups []"),
+    (loose_machine, "cluster.yaml", "IamInstanceProfile: {Name: coda-ray-head}", "EbsOptimized: true"),
+    (loose_machine, "cluster.yaml", "HttpTokens: required", "HttpTokens: optional"),
+    (loose_role, "deploy/aws/worker.json", '"s3:GetObject", ', '"s3:*", '),
+    (loose_role, "deploy/aws/head.json", '"arn:aws:iam::*:role/coda-ray-worker",\n      "Condition"', '"*",\n      "Because"'),
+    (old_release, "requirements.lock", "\nray==", "\nray==2.53.0 #"),
+    (old_release, "requirements.lock", "\nmlflow==", "\nmlflow==3.4.2 #"),
+    (old_release, "requirements.lock", "\ntorch==", "\ntorch==2.5.1 #"),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "old", "new"), SPOILT, ids=lambda value: getattr(value, "__name__", None))
+def test_each_rule_finds_what_it_is_for(files, rule, path, old, new):
+    assert old in files[path]
+    found = list(rule(files | {path: files[path].replace(old, new, 1)}))
+    assert found
+    assert {where for where, _ in found} == {path}
+
+
+def test_every_rule_is_shown_to_find_something():
+    assert {rule for rule, *_ in SPOILT} == set(RULES)
+
+
+# Ray's launcher.
+
+
+def launcher_accepts(config):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(config))
+
+
+@pytest.fixture
+def launcher(files):
+    return yaml.safe_load(files["cluster.yaml"])
+
+
+def test_rays_launcher_accepts_the_cluster(launcher):
+    launcher_accepts(launcher)
+    assert launcher["available_node_types"]["gpu"]["min_workers"] == 0
+    assert launcher["max_workers"] >= sum(kind.get("max_workers", 0) for kind in launcher["available_node_types"].values())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda config: config.update(idle_timeout=5),
+        lambda config: config["docker"].update(images="x"),
+        lambda config: config["available_node_types"]["gpu"].update(max_worker=2),
+        lambda config: config.update(head_node_type="heads"),
+        lambda config: config["available_node_types"]["gpu"].update(min_workers=99),
+    ],
+    ids=["key", "docker", "node type", "head", "more than most"],
+)
+def test_rays_launcher_refuses_a_spoilt_cluster(launcher, spoil):
+    spoil(launcher)
+    with pytest.raises((jsonschema.ValidationError, ValueError)):
+        launcher_accepts(launcher)
+
+
+def wrong_in_aws_request(node_config):
+    """What AWS's model of RunInstances, which the launcher calls with this, says; the launcher itself looks at none of it."""
+    import botocore.session
+    from botocore.validate import ParamValidator
+
+    shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    return ParamValidator().validate({"MinCount": 1, "MaxCount": 1, **node_config}, shape).generate_report()
+
+
+def test_aws_knows_every_field_of_the_machines(launcher):
+    for kind in launcher["available_node_types"].values():
+        assert wrong_in_aws_request(kind["node_config"]) == ""
+    node = launcher["available_node_types"]["gpu"]["node_config"]
+    assert "InstanceMarket" in wrong_in_aws_request(node | {"InstanceMarket": {}})
+    assert "Size" in wrong_in_aws_request(node | {"BlockDeviceMappings": [{"Ebs": {"Size": 1}}]})
+
+
+def test_ray_has_the_options_of_the_start_commands(launcher, files):
+    from ray.scripts.scripts import start
+
+    known = {option for parameter in start.params for option in parameter.opts}
+    commands = launcher["head_start_ray_commands"] + launcher["worker_start_ray_commands"]
+    used = {found for command in commands for found in re.findall(r"--[a-z-]+", command)}
+    cluster = yaml.safe_load(files["deploy/kuberay/raycluster.yaml"])["spec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    used |= {f"--{name}" for group in groups for name in group["rayStartParams"]}
+    assert {"--dashboard-host", "--object-spilling-directory", "--num-cpus"} <= used <= known
+
+
+def test_one_release_of_ray_and_of_the_image_everywhere(files):
+    cluster = yaml.safe_load(files["deploy/kuberay/raycluster.yaml"])["spec"]
+    assert f"\nray=={cluster['rayVersion']} " in files["requirements.lock"]
+    images = {value for _, document in documents(files) for key, value in nested(document) if key == "image"}
+    assert len({image for image in images if "coda" in image}) == 1
+
+
+# KubeRay.
+
+
+def kubernetes_accepts(document):
+    if not document["apiVersion"].startswith("ray.io/"):
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+        return
+    jsonschema.validate(document, schema_of(document["kind"]))
+    for pod in pods_of(document):
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob", "networkpolicy"])
+def test_kubernetes_accepts(files, name):
+    kubernetes_accepts(yaml.safe_load(files[f"deploy/kuberay/{name}.yaml"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("raycluster", "authOptions:", "authOption:"),
+        ("raycluster", "secretName:", "secret:"),
+        ("raycluster", "mode: token", "mode: tokens"),
+        ("raycluster", "apiVersion: ray.io/v1", "apiVersion: ray.io/v1alpha1"),
+        ("raycluster", "maxReplicas: 8", "maxReplicas: many"),
+        ("raycluster", "minReplicas: 0\n      ", ""),
+        ("raycluster", "upscalingMode: Default", "upscalingMode: Slow"),
+        ("raycluster", "mountPath: /scratch", "path: /scratch"),
+        ("raycluster", "containerPort: 6379", "port: 6379"),
+        ("raycluster", "secretKeyRef: {name", "secretKey: {name"),
+        ("raycluster", "allowPrivilegeEscalation: false", "allowPrivileges: false"),
+        ("raycluster", "limits: {cpu: 500m", "limit: {cpu: 500m"),
+        ("rayjob", "clusterSelector:", "cluster:"),
+        ("rayjob", "HTTPMode", "HttpMode"),
+        ("networkpolicy", "podSelector:", "pods:"),
+    ],
+)
+def test_kubernetes_refuses_a_typo(files, name, old, new):
+    text = files[f"deploy/kuberay/{name}.yaml"]
+    assert old in text
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        kubernetes_accepts(yaml.safe_load(text.replace(old, new, 1)))
+
+
+def test_the_job_finds_the_cluster(files):
+    names = ("raycluster", "rayjob", "networkpolicy")
+    cluster, job, policy = (yaml.safe_load(files[f"deploy/kuberay/{name}.yaml"]) for name in names)
+    assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+    chosen = policy["spec"]["podSelector"]["matchLabels"].items()
+    pods = [pod for pod in pods_of(cluster) if "labels" in pod["metadata"]]
+    assert len(pods) == 1 + len(cluster["spec"]["workerGroupSpecs"])
+    assert all(chosen <= pod["metadata"]["labels"].items() for pod in pods)
+    assert len({document["metadata"]["namespace"] for document in (cluster, job, policy)}) == 1
+
+
+def test_a_stage_of_the_gallery_fits_on_a_gpu_worker(files):
+    train = yaml.safe_load((ROOT / "configs" / "jump.yaml").read_text())["train"]
+    groups = yaml.safe_load(files["deploy/kuberay/raycluster.yaml"])["spec"]["workerGroupSpecs"]
+    limits = next(g["template"]["spec"]["containers"][0]["resources"]["limits"] for g in groups if g["groupName"] == "gpu")
+    assert train["cpus_per_worker"] <= int(limits["cpu"])
+    assert train["gpus_per_worker"] <= int(limits["nvidia.com/gpu"])
+
+
+# MLflow.
+
+
+@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning")  # MLflow's, about its own code
+def test_mlflow_has_the_options_of_the_server(files):
+    from mlflow.cli import server
+
+    known = {option for parameter in server.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    compose = yaml.safe_load(files["deploy/mlflow/compose.yaml"])
+    used = {word.partition("=")[0] for word in compose["services"]["tracking"]["command"] if word.startswith("--")}
+    assert {"--serve-artifacts", "--backend-store-uri"} <= used <= known
+    assert set(compose["services"]["database"]["secrets"]) <= set(compose["secrets"])
+    assert {volume.partition(":")[0] for volume in compose["services"]["database"]["volumes"]} <= set(compose["volumes"])
+    # SQLAlchemy loads the driver that the address names; the image must have it.
+    (address,) = re.findall(r"postgresql\+(\w+)://", " ".join(compose["services"]["tracking"]["command"]))
+    assert f"\n{address}==" in files["requirements.lock"]
+    assert f"postgresql+{address}://" in files["deploy/mlflow/README.md"]
+
+
+# Commands.
+
+
+def commands(files):
+    """Arguments of every `python jobs/…` that is shown, and whether it is submitted to a cluster."""
+    for path in ("docs/cluster.md", "deploy/mlflow/README.md"):
+        for block in re.findall(r"```bash\n(.*?)```", files[path], re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if "python" in words:
+                    yield words[words.index("python") + 1 :], "submit" in words
+    entrypoint = yaml.safe_load(files["deploy/kuberay/rayjob.yaml"])["spec"]["entrypoint"]
+    yield shlex.split(entrypoint.replace("/opt/coda_ray/", ""))[1:], True
+
+
+def test_commands_name_jobs_and_options_that_exist(files, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    shown = list(commands(files))
+    assert {job for (job, *_), _ in shown} >= {f"jobs/{name}.py" for name in ("ingest", "adapt", "matrix", "sync_mlflow")}
+    for (job, *options), submitted in shown:
+        assert (ROOT / job).exists()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [job, *options, "--print-config"])
+            if submitted:
+                patch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+            with pytest.raises(SystemExit) as left:
+                runpy.run_path(job, run_name="__main__")
+        assert not left.value.code, (job, options, capsys.readouterr().err)
+        # Every node must reach these.
+        config = yaml.safe_load(capsys.readouterr().out)
+        assert not submitted or config["metadata"]["address"].startswith("s3://")
+        assert not submitted or config["tiles"]["address"].startswith("s3://")
+
+
+def test_ray_has_the_commands_that_are_shown(files):
+    from ray.scripts.scripts import cli
+
+    jobs = cli.commands["job"].commands
+    for words in re.findall(r"(?<![\w/-])ray ((?:job )?[a-z-]+)((?: --[a-z-]+)*)", files["docs/cluster.md"]):
+        name, options = words
+        command = jobs[name.removeprefix("job ")] if name.startswith("job ") else cli.commands.get(name)
+        assert command, name
+        assert set(options.split()) <= {option for parameter in command.params for option in parameter.opts}, words

@@ -84,7 +84,7 @@ def run_sweep(config: Config, command: str, say: Say) -> Outcome:
     Raises
     ------
     ConfigError
-        Before anything runs, when the space does not fit.
+        Before anything runs, when the space does not fit; before the trials, when the data cannot answer the objective.
     DataError
         Before anything runs, when tiles, labels or partners are not there.
     StagesFailedError
@@ -100,8 +100,9 @@ def run_sweep(config: Config, command: str, say: Say) -> Outcome:
     try:
         tracker.start_job(job)
         _make_upstream(config, results, upstream, say)
-        _search(config, results, key, tracker, say)
-        return _conclude(config, results, job, cells, tracker)
+        _check_objective(config, results, cells)
+        whole = _search(config, results, key, tracker, say)
+        return _conclude(config, results, job, cells, tracker, whole=whole)
     finally:
         tracker.close()
 
@@ -169,8 +170,26 @@ def _make_upstream(config: Config, results: Folder, upstream: Sequence[Stage], s
         raise StagesFailedError(f"no trial was started, because stages that they stand on failed:\n{told}")
 
 
-def _search(config: Config, results: Folder, key: str, tracker: Tracker, say: Say) -> None:
-    """Let Tune run the trials that are missing."""
+def _check_objective(config: Config, results: Folder, cells: Sequence[Cell]) -> None:
+    """Refuse an objective that the data cannot answer; the unadapted models show it before a trial is run.
+
+    Raises
+    ------
+    ConfigError
+        When there is no such number.
+    """
+    objective = config.tune.objective
+    for cell in cells:
+        if cell.measure_unadapted()[objective] is None:
+            reasons = (cell.before.facts(results) or {})["reasons"]
+            raise ConfigError(
+                f"tune.objective = {objective!r} cannot be measured on {cell.request.target}: "
+                f"{reasons.get(objective, 'none of its tiles has a MoA label')}; choose another"
+            )
+
+
+def _search(config: Config, results: Folder, key: str, tracker: Tracker, say: Say) -> bool:
+    """Let Tune run the trials that are missing; False after Ctrl-C, which Tune takes as a wish to stop."""
     settings = config.tune
     ended = {record["key"]: record for record in _records(results, key) if record["status"] in ("finished", "stopped")}
     if settings.search == "optuna":
@@ -183,7 +202,7 @@ def _search(config: Config, results: Folder, key: str, tracker: Tracker, say: Sa
         planned = len(points)
     say(f"{planned} trials, {planned - number} of them finished before")
     if not number:
-        return
+        return True
     progress = _Progress(config, key, tracker, planned, planned - number, say)
     with tempfile.TemporaryDirectory(prefix="coda_ray_tune_") as scratch:
         # Tune's own state is pickled, and so never read again: a sweep continues from the records of its trials.
@@ -208,6 +227,7 @@ def _search(config: Config, results: Folder, key: str, tracker: Tracker, say: Sa
             ),
         )
         tuner.fit()
+    return progress.done >= planned
 
 
 def _run_trial(tuned: Mapping[str, Any], base: Config, sweep: str) -> None:
@@ -308,7 +328,9 @@ def _records(results: Folder, key: str) -> list[dict[str, Any]]:
     return read_records(results, f"sweeps/{key}")
 
 
-def _conclude(config: Config, results: Folder, job: dict[str, Any], cells: Sequence[Cell], tracker: Tracker) -> Outcome:
+def _conclude(
+    config: Config, results: Folder, job: dict[str, Any], cells: Sequence[Cell], tracker: Tracker, *, whole: bool
+) -> Outcome:
     """Rank the trials, and write the table and the best configuration."""
     records = _records(results, job["key"])
     table = _table(config, records, cells)
@@ -322,7 +344,6 @@ def _conclude(config: Config, results: Folder, job: dict[str, Any], cells: Seque
         command = _command(config_at(config, best[POINT]), folder.address(BEST))
     for name, content in files.items():
         folder.write(name, content)
-    whole = not (table["status"] == "running").any() and len(records) >= _expected(config)
     if whole:
         job["whole"] = True
         results.write(f"jobs/{job['key']}.json", json.dumps(job, indent=1).encode())
@@ -331,18 +352,13 @@ def _conclude(config: Config, results: Folder, job: dict[str, Any], cells: Seque
     return Outcome(table, [folder.address(name) for name in files], command, whole, tracker.ui_hint)
 
 
-def _expected(config: Config) -> int:
-    """How many different trials there are to be; Optuna may draw one twice."""
-    return 1 if config.tune.search == "optuna" else len({content_key({"point": point}) for point in points_of(config.tune)})
-
-
 def _table(config: Config, records: Sequence[Mapping[str, Any]], cells: Sequence[Cell]) -> pd.DataFrame:
     """Rank trials by their score; what did not finish comes after, and the unadapted models stand among them."""
     names, objective = list(config.tune.space), config.tune.objective
     rows = [
         {
             **{name: record[POINT].get(name) for name in names},
-            "status": record["status"],
+            "status": "interrupted" if record["status"] == "running" else record["status"],
             "step": record.get("step"),
             "score": record["score"],
             "score_std": record.get("score_std"),
@@ -354,7 +370,8 @@ def _table(config: Config, records: Sequence[Mapping[str, Any]], cells: Sequence
         for record in records
     ]
     rows += [_unadapted(config, method, own) for method, own in _by_method(cells).items()]
-    frame = pd.DataFrame(rows)
+    shown = ["status", "step", "score", "score_std", "n_seeds", *CRITERIA, *ORACLES, "reason", "key"]
+    frame = pd.DataFrame(rows, columns=[*names, *shown])
     frame["n_trials"] = len(records)
     worst = frame["status"].map({"finished": 0, "unadapted": 0}).fillna(1)
     ordered = frame.assign(worst=worst, sign=frame["score"].astype(float) * (-1 if _mode(objective) == "max" else 1))

@@ -16,7 +16,7 @@ from coda_ray.pipeline.evaluate import evaluate
 from coda_ray.pipeline.space import Point, config_at
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.task import run_missing
-from coda_ray.pipeline.transfer import Request, Transfer, adaptation, model_of, score, with_needs
+from coda_ray.pipeline.transfer import Model, Request, Transfer, adaptation, model_of, score, with_needs
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, content_key
 
@@ -58,7 +58,7 @@ class Cell:
         return criteria(self.config, self.index, self.unadapted, (), self.unadapted)
 
     @cached_property
-    def _model(self) -> Any:
+    def _model(self) -> Model:
         return model_of(self.config, self.request)
 
     @cached_property

@@ -182,11 +182,12 @@ def test_no_label_of_the_target_is_behind_a_score(finished, monkeypatch):
         ({"space": {}}, "tune.space is empty"),
         ({"pairs": []}, "tune.pairs is empty"),
         ({"objective": "accuracy"}, "tune.objective = 'accuracy': choose from .*oracle_accuracy"),
+        ({"objective": "kbet"}, r"tune\.objective = 'kbet' cannot be measured on b: .*; choose another"),
         ({"space": {"dino.ema_start": [0.9, 0.99]}}, r"tune\.space\.dino\.ema_start: it changes the unadapted model"),
         ({"space": {"adapt.speed": [1]}}, r"tune\.space\.adapt\.speed: there is no such field"),
     ],
 )
-def test_a_sweep_that_cannot_be_is_told_before_anything_runs(finished, fields, told):
+def test_a_sweep_that_cannot_be_is_told_before_the_trials(finished, fields, told):
     config, _, _ = finished
     with pytest.raises(ConfigError, match=told):
         swept(changed(config, **fields))

@@ -30,7 +30,7 @@ from coda_ray.learn.ttt import TttRecipe, adapt_each
 from coda_ray.learn.vit import load_exactly, tokens
 from coda_ray.pipeline import networks
 from coda_ray.pipeline.moments import moments_of_all, moments_of_tiles
-from coda_ray.pipeline.stage import Stage, Workload, settings_of
+from coda_ray.pipeline.stage import Stage, pass_inputs, pass_workload, settings_of
 from coda_ray.pipeline.train_stages import Made, load_model, stage_tensors
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, table_bytes
@@ -93,7 +93,7 @@ def evaluate(
         Seed of the autoencoder's masks.
     """
     tiles = index.without_labels()
-    inputs: dict[str, Any] = {"tiles": tiles.fingerprint, "views": settings_of(config.views), "precision": config.train.precision}
+    inputs = pass_inputs(config, tiles)
     if (adapted or autoencoder) and config.dino.extractor != "teacher":
         inputs["extractor"] = config.dino.extractor
     title = f"evaluate {(adapted or classifier).title} on {what}"
@@ -104,15 +104,7 @@ def evaluate(
         title = title.replace(classifier.title, f"standardised {classifier.title}")
     needs = tuple(filter(None, (classifier, adapted, autoencoder, *(standardised or ()))))
     make = partial(_make, config, tiles, title, classifier, adapted, autoencoder, standardised, seed)
-    workload = Workload(
-        "ttt" if autoencoder else "inference",
-        source=tiles.units("source")[0],
-        plates=len(tiles.units("plate")),
-        tiles=len(tiles),
-        steps=-(-len(tiles) // config.evaluate.minibatch),
-        minibatch=config.evaluate.minibatch,
-        samples=len(tiles),
-    )
+    workload = pass_workload(config, tiles, "ttt" if autoencoder else "inference")
     return Stage("evaluate", title, inputs, make, needs, workload)
 
 
@@ -215,10 +207,7 @@ def evaluate_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     outputs = infer(
         _forward(run, model, device),
         run.index,
-        crop=run.config.views.tile_crop,
-        size=run.config.views.size_global,
-        minibatch=run.config.evaluate.minibatch,
-        stream=run.config.stream,
+        run.config,
         device=device,
         precision=choose_precision(device, run.config.train.precision),
         rank=rank,

@@ -23,7 +23,7 @@ from coda_ray.config import Config
 from coda_ray.learn.precision import choose_precision
 from coda_ray.learn.vit import build_vit, layer_tokens, load_exactly
 from coda_ray.pipeline import data, networks
-from coda_ray.pipeline.stage import Stage, settings_of
+from coda_ray.pipeline.stage import Stage, pass_inputs
 from coda_ray.pipeline.train_stages import Made, extractor_of
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, table_bytes
@@ -62,7 +62,7 @@ def compare_layers(config: Config, index: TileIndex, first: Stage, second: Stage
         Pre-trainings or adaptations of the same architecture.
     """
     tiles = data.drawn(index, config.report.layer_tiles)
-    inputs: dict[str, Any] = {"tiles": tiles.fingerprint, "views": settings_of(config.views), "precision": config.train.precision}
+    inputs = pass_inputs(config, tiles)
     if config.dino.extractor != "teacher":
         inputs["extractor"] = config.dino.extractor
     title = f"layers of {first.title} beside {second.title}"
@@ -125,10 +125,8 @@ def layers_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     outputs = infer(
         look,
         run.index,
-        crop=run.config.views.tile_crop,
-        size=run.config.views.size_global,
+        run.config,
         minibatch=minibatch,
-        stream=run.config.stream,
         device=device,
         precision=choose_precision(device, run.config.train.precision),
     )

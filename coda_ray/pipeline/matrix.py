@@ -15,7 +15,7 @@ import ray
 from coda_ray.config import Config, ConfigError
 from coda_ray.pipeline.data import DataError
 from coda_ray.pipeline.stage import Stage
-from coda_ray.pipeline.task import Facts, cause_of, nodes, submit
+from coda_ray.pipeline.task import Facts, cause_of, nodes, room, submit
 from coda_ray.pipeline.transfer import Request, Transfer, plan, score, stages_of, unadapted
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key
@@ -315,12 +315,8 @@ class _Runner:
 
     def _at_a_time(self) -> int:
         """How many stages are handed out: any number of small ones, which Ray queues; of worker groups what fits."""
-        train = self.config.train
-        low, _ = train.worker_range
-        if low == 0:
-            return max(1, len(self.stages))
-        have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        return max(1, min(int(have.get(name, 0) // (amount * low)) for name, amount in resources(train).items()))
+        inside = self.config.train.worker_range[0] == 0
+        return max(1, len(self.stages)) if inside else room(self.config.train)
 
 
 def _stored(results: Folder, transfer: Transfer) -> dict[str, Any] | None:

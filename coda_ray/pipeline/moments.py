@@ -19,11 +19,11 @@ from coda_ray.config import Config
 from coda_ray.learn.moments import Moments, token_sums
 from coda_ray.learn.precision import choose_precision
 from coda_ray.pipeline.data import DataError
-from coda_ray.pipeline.stage import Stage, Workload, settings_of
-from coda_ray.pipeline.train_stages import Made, load_model
+from coda_ray.pipeline.stage import Stage, pass_inputs, pass_workload
+from coda_ray.pipeline.train_stages import Made, load_model, stage_tensors
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex
-from coda_ray.training.checkpoints import read_tensors, write_tensors
+from coda_ray.training.checkpoints import write_tensors
 from coda_ray.training.infer import infer
 from coda_ray.training.loop import Report
 
@@ -56,18 +56,9 @@ def moments(config: Config, index: TileIndex, what: str, classifier: Stage) -> S
         The labelled stage of the model.
     """
     tiles = index.without_labels()
-    inputs: dict[str, Any] = {"tiles": tiles.fingerprint, "views": settings_of(config.views), "precision": config.train.precision}
     title = f"moments of {classifier.title} on {what}"
-    workload = Workload(
-        "inference",
-        source=tiles.units("source")[0],
-        plates=len(tiles.units("plate")),
-        tiles=len(tiles),
-        steps=-(-len(tiles) // config.evaluate.minibatch),
-        minibatch=config.evaluate.minibatch,
-        samples=len(tiles),
-    )
-    return Stage("moments", title, inputs, partial(_make, config, title, tiles, classifier), (classifier,), workload)
+    make = partial(_make, config, title, tiles, classifier)
+    return Stage("moments", title, pass_inputs(config, tiles), make, (classifier,), pass_workload(config, tiles))
 
 
 def moments_of_all(config: Config, stage: Stage) -> Moments:
@@ -102,11 +93,8 @@ def plate_names(index: TileIndex) -> NDArray[np.str_]:
 
 def _read(config: Config, stage: Stage) -> tuple[dict[str, Tensor], list[str]]:
     """Read the sums and the names of their plates."""
-    results = open_place(config.results)
-    facts = stage.facts(results)
-    if facts is None:
-        raise FileNotFoundError(f"{results.address(stage.path)}: {stage.title} is not finished; run it again")
-    return read_tensors(results.child(stage.path), SUMS, facts["sha256"]), facts["plates"]
+    tensors = stage_tensors(config, stage, SUMS)
+    return tensors, (stage.facts(open_place(config.results)) or {})["plates"]
 
 
 def _make(config: Config, title: str, index: TileIndex, classifier: Stage, folder: Folder, report: Report | None) -> Made:
@@ -139,10 +127,7 @@ def moments_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     outputs = infer(
         lambda views, _: token_sums(model.features(views)).flatten(1),
         run.index,
-        crop=run.config.views.tile_crop,
-        size=run.config.views.size_global,
-        minibatch=run.config.evaluate.minibatch,
-        stream=run.config.stream,
+        run.config,
         device=device,
         precision=choose_precision(device, run.config.train.precision),
         rank=context.get_world_rank(),

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from coda_ray.config import Config
 from coda_ray.storage import Folder, open_place
-from coda_ray.tiles.store import content_key
+from coda_ray.tiles.store import TileIndex, content_key
 from coda_ray.training.launch import launch
 from coda_ray.training.loop import Report
 
@@ -57,6 +57,24 @@ class Workload:
     minibatch: int
     samples: int
     tiles_per_sample: int = 1
+
+
+def pass_inputs(config: Config, tiles: TileIndex) -> dict[str, Any]:
+    """List what decides the result of one pass of tiles through a network, beside the network."""
+    return {"tiles": tiles.fingerprint, "views": settings_of(config.views), "precision": config.train.precision}
+
+
+def pass_workload(config: Config, tiles: TileIndex, rate: Rate = "inference") -> Workload:
+    """Count one pass of tiles through a network."""
+    return Workload(
+        rate,
+        source=tiles.units("source")[0],
+        plates=len(tiles.units("plate")),
+        tiles=len(tiles),
+        steps=-(-len(tiles) // config.evaluate.minibatch),
+        minibatch=config.evaluate.minibatch,
+        samples=len(tiles),
+    )
 
 
 @dataclass(frozen=True)

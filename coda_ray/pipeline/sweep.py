@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import pandas as pd
-import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
@@ -22,14 +21,14 @@ from coda_ray.config import Config, ConfigError, dump_config
 from coda_ray.pipeline.matrix import TRAINING, StagesFailedError, run_stages
 from coda_ray.pipeline.space import OWN, config_at, corners, points_of, tune_domain
 from coda_ray.pipeline.stage import Stage
+from coda_ray.pipeline.task import room
 from coda_ray.pipeline.transfer import with_needs
 from coda_ray.pipeline.trial import ORACLES, Cell, Trial, summary
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key
-from coda_ray.tracking.records import read_record, read_records
+from coda_ray.tracking.records import read_record, read_records, trial_measures
 from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.store import REPORT
-from coda_ray.training.launch import resources
 
 Say = Callable[[str], None]
 POINT = "point"
@@ -272,11 +271,7 @@ def _scheduler(config: Config) -> ASHAScheduler | None:
 
 def _at_once(config: Config) -> int:
     """Most trials side by side: as many as have room for a stage each, for early stopping needs trials that move."""
-    if config.tune.at_once:
-        return config.tune.at_once
-    least = max(1, config.train.worker_range[0])
-    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return max(1, min(int(have.get(name, 0) // (amount * least)) for name, amount in resources(config.train).items()))
+    return config.tune.at_once or room(config.train)
 
 
 class _Progress(tune.Callback):
@@ -340,8 +335,9 @@ def _conclude(
     folder = results.child(f"{REPORT}/{job['key']}")
     if len(finished):
         (best,) = [record for record in records if record["key"] == finished["key"].iloc[0]]
-        files[BEST] = dump_config(config_at(config, best[POINT])).encode()
-        command = _command(config_at(config, best[POINT]), folder.address(BEST))
+        chosen = config_at(config, best[POINT])
+        files[BEST] = dump_config(chosen).encode()
+        command = _command(chosen, folder.address(BEST))
     for name, content in files.items():
         folder.write(name, content)
     if whole:
@@ -361,9 +357,8 @@ def _table(config: Config, records: Sequence[Mapping[str, Any]], cells: Sequence
             "status": "interrupted" if record["status"] == "running" else record["status"],
             "step": record.get("step"),
             "score": record["score"],
-            "score_std": record.get("score_std"),
             "n_seeds": len({cell["seed"] for cell in record.get("cells", [])}),
-            **{name: summary(record["cells"], name)[0] if record.get("cells") else None for name in (*CRITERIA, *ORACLES)},
+            **trial_measures(record),
             "reason": record.get("reason"),
             "key": record["key"],
         }
@@ -395,9 +390,8 @@ def _unadapted(config: Config, method: str, cells: Sequence[Cell]) -> dict[str, 
         "status": "unadapted",
         "step": 0,
         "score": mean,
-        "score_std": spread,
         "n_seeds": len({cell["seed"] for cell in measured}),
-        **{name: summary(measured, name)[0] for name in (*CRITERIA, *ORACLES)},
+        **trial_measures({"cells": measured, "score_std": spread}),
         "key": f"unadapted {method}",
     }
 

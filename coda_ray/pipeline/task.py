@@ -7,7 +7,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from coda_ray.cluster import quieten
-from coda_ray.config import Config
+from coda_ray.config import Config, Train
 from coda_ray.pipeline.stage import Stage
 from coda_ray.storage import open_place
 from coda_ray.training.launch import resources
@@ -92,6 +92,13 @@ def run_missing(stages: Iterable[Stage], config: Config) -> None:
         ray.get(list(running.values()))
     except ray.exceptions.RayError as error:
         raise cause_of(error) from None
+
+
+def room(train: Train) -> int:
+    """Count the stages that the cluster has room for at a time; 1 at least, for a cluster may grow."""
+    least = max(1, train.worker_range[0])
+    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return max(1, min(int(have.get(name, 0) // (amount * least)) for name, amount in resources(train).items()))
 
 
 def nodes() -> list[dict[str, Any]]:

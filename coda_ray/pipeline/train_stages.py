@@ -208,8 +208,8 @@ def tent(
     return whole if until is None else _paused(config, whole, until)
 
 
-def stage_tensors(config: Config, stage: Stage) -> dict[str, torch.Tensor]:
-    """Read the weights that a finished stage wrote.
+def stage_tensors(config: Config, stage: Stage, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    """Read the weights, or the other tensors, that a finished stage wrote.
 
     Raises
     ------
@@ -220,7 +220,7 @@ def stage_tensors(config: Config, stage: Stage) -> dict[str, torch.Tensor]:
     facts = stage.facts(results)
     if facts is None:
         raise FileNotFoundError(f"{results.address(stage.path)}: {stage.title} is not finished; run it again")
-    return read_tensors(results.child(stage.path), "model.safetensors", facts["sha256"])
+    return read_tensors(results.child(stage.path), name, facts["sha256"])
 
 
 def objective_of(stage: Stage) -> Pretraining:
@@ -380,10 +380,7 @@ def _knn(config: Config, source: str, vit: VisionTransformer, device: torch.devi
             infer(
                 lambda views, _: tokens(vit, views)[:, 0],
                 index,
-                crop=config.views.tile_crop,
-                size=config.views.size_global,
-                minibatch=config.evaluate.minibatch,
-                stream=config.stream,
+                config,
                 device=device,
                 precision=precision,
             )
@@ -436,10 +433,7 @@ def _validate(
         infer(
             lambda views, _: model(views)[0],
             index,
-            crop=config.views.tile_crop,
-            size=config.views.size_global,
-            minibatch=config.evaluate.minibatch,
-            stream=config.stream,
+            config,
             device=device,
             precision=precision,
         )

@@ -156,18 +156,17 @@ def _treated(
     method, seed = request.method, request.seed
     if method == "ttt":
         return evaluate(config, index, request.target, model.classifier, autoencoder=model.extractor, seed=seed), None
+    if method not in ("standardise", *get_args(Correction)):
+        trained = adaptation(config, request, model, granularity, unit)
+        return evaluate(config, index, request.target, model.classifier, trained), trained
     known, named = data.training_tiles(config, request.source), f"the training tiles of {request.source}"
     if method == "standardise":
         seen = data.target_tiles(config, request.source, request.target)
         both = moments(config, known, named, model.classifier), moments(config, seen, request.target, model.classifier)
         return evaluate(config, index, request.target, model.classifier, standardised=both), None
-    if method in get_args(Correction):
-        before = evaluate(config, known, named, model.classifier)
-        correction = cast(Correction, method)
-        stage = correct(config, correction, model.classifier, before, base, granularity=granularity, unit=unit, seed=seed)
-        return stage, None
-    trained = adaptation(config, request, model, granularity, unit)
-    return evaluate(config, index, request.target, model.classifier, trained), trained
+    before = evaluate(config, known, named, model.classifier)
+    correction = cast(Correction, method)
+    return correct(config, correction, model.classifier, before, base, granularity=granularity, unit=unit, seed=seed), None
 
 
 def adaptation(

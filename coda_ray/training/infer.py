@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from coda_ray.config import Stream
+from coda_ray.config import Config
 from coda_ray.learn.precision import Precision
 from coda_ray.learn.views import evaluation_view
 from coda_ray.tiles.plan import SamplePlan
@@ -44,11 +44,9 @@ def in_order(index: TileIndex, crop: int) -> TileSource:
 def infer(
     forward: Callable[[torch.Tensor, NDArray[np.int64]], torch.Tensor],
     index: TileIndex,
+    config: Config,
     *,
-    crop: int,
-    size: int,
-    minibatch: int,
-    stream: Stream,
+    minibatch: int | None = None,
     device: torch.device,
     precision: Precision,
     rank: int = 0,
@@ -63,12 +61,12 @@ def infer(
         Maps views (B, C, size, size), and their rows (B,) of the index, to (B, K).
     index
         The tiles.
-    crop, size
-        Centre crop of the tile and side of the view (px).
+    config
+        Settings of the views (centre crop of the tile, side of the global view) and of the stream.
     minibatch
-        Tiles per forward pass and worker.
-    stream, device, precision
-        How tiles are read, where and in what the network computes.
+        Tiles per forward pass and worker; None takes `evaluate.minibatch`.
+    device, precision
+        Where and in what the network computes.
     rank, world
         This worker's share.
     start_step
@@ -79,10 +77,10 @@ def infer(
     Outputs
         Per mini-batch.
     """
-    everywhere = minibatch * world
+    everywhere = (minibatch or config.evaluate.minibatch) * world
     batches = minibatches(
-        in_order(index, crop),
-        stream,
+        in_order(index, config.views.tile_crop),
+        config.stream,
         minibatch=everywhere,
         start_step=start_step,
         steps=-(-len(index) // everywhere),
@@ -92,7 +90,7 @@ def infer(
     )
     for step, tensors in enumerate(on_device(batches, device), start_step):
         readable = tensors["readable"]
-        views = evaluation_view(tensors["tile"][readable.to(device)], size)
+        views = evaluation_view(tensors["tile"][readable.to(device)], config.views.size_global)
         if not len(views):
             continue
         rows = tensors["row"][readable].numpy()

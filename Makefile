@@ -25,7 +25,7 @@ demo: setup  ## Simulate a bucket, serve it by S3, ingest, adapt, compare
 	$(RUN) jobs/demo.py
 
 test: setup  ## Every test
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses 2 --dist loadgroup
 
 test-fast: setup  ## Tests that take seconds
 	$(RUN) -m pytest -m "not slow"

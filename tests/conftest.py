@@ -30,6 +30,18 @@ JUMP_TABLES = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Run at most two Rays at a time: one process of pytest-xdist has the session's, another those that tests start."""
+    for item in items:
+        if "ray_cluster" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("session's Ray"))
+        elif item.get_closest_marker("own_ray"):
+            item.add_marker(pytest.mark.xdist_group("own Ray"))
+    # The longest first, so that the rest fills the other process.
+    items.sort(key=lambda item: "ray_cluster" not in item.fixturenames)
+
+
 @pytest.fixture(scope="session")
 def jump_metadata(tmp_path_factory):
     """A folder of the real tables under the names that the repository of JUMP gives them."""

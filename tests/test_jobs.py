@@ -220,6 +220,7 @@ def submitted(head, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.own_ray
 def test_ray_job_submit_runs_adapt_and_matrix_unchanged(submitted):
     root, jobs = submitted
     for done in jobs:
@@ -229,6 +230,7 @@ def test_ray_job_submit_runs_adapt_and_matrix_unchanged(submitted):
 
 
 @pytest.mark.slow
+@pytest.mark.own_ray
 def test_a_cluster_with_a_token_refuses_another(head):
     refused = subprocess.run(
         ["ray", "job", "list", "--address", head.dashboard],
@@ -238,6 +240,7 @@ def test_a_cluster_with_a_token_refuses_another(head):
 
 
 @pytest.mark.slow
+@pytest.mark.own_ray
 def test_a_driver_that_was_killed_is_started_again_to_the_same_end(head, submitted):
     root, _ = submitted
     command = [sys.executable, "jobs/matrix.py", "--config", str(study(root, "killed"))]

@@ -3,12 +3,15 @@
 No criterion is sure to follow the accuracy: compare models on the same tiles only, and look at several criteria.
 """
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import entr
+from scipy.stats import ConstantInputWarning, spearmanr
 
 Direction = Literal["higher", "lower"]
 CRITERIA: Mapping[str, Direction] = {
@@ -110,6 +113,63 @@ def mutual_information(probabilities: NDArray[np.floating[Any]]) -> float:
     """
     rows = _distributions(probabilities)
     return float(entr(rows.mean(axis=0)).sum()) - mean_entropy(rows)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well a criterion chooses among models, told by an oracle.
+
+    Parameters
+    ----------
+    rank_correlation
+        Spearman's, from -1 to 1; above 0 where models that the criterion prefers are better. NaN where either is constant.
+    chosen
+        The oracle's score of the model that the criterion likes best; the mean over models that it likes alike.
+    regret
+        How much better the best model is; in the oracle's unit.
+    models
+        Number of models that have both.
+    """
+
+    rank_correlation: float
+    chosen: float
+    regret: float
+    models: int
+
+
+def agreement(criterion: NDArray[np.floating[Any]], oracle: NDArray[np.floating[Any]], direction: Direction) -> Agreement:
+    """Compare a criterion with an oracle over the models of one transfer. Reads labels through the oracle: for research.
+
+    As model selection without labels is judged by Musgrave et al., "Benchmarking validation methods for unsupervised domain
+    adaptation", 2022 (arXiv 2208.07360): rank correlation with the target's accuracy.
+
+    Parameters
+    ----------
+    criterion
+        (N,) values; NaN where a model has none: it cannot be chosen.
+    oracle
+        (N,) scores that are better when higher; the best of all models counts, also of those without a criterion.
+    direction
+        Which way the criterion is better.
+
+    Raises
+    ------
+    ValueError
+        When shapes differ, an oracle is not finite, or no model has a criterion.
+    """
+    if criterion.shape != oracle.shape or criterion.ndim != 1:
+        raise ValueError(f"criterion {criterion.shape} and oracle {oracle.shape} must be (N,) of the same N")
+    if not np.isfinite(oracle).all():
+        raise ValueError("an oracle's score is not finite; leave out models that were not scored")
+    known = np.isfinite(criterion)
+    if not known.any():
+        raise ValueError("the criterion has no finite value; it cannot choose")
+    liked, scored = criterion[known] * (1 if direction == "higher" else -1), oracle[known]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        correlation = spearmanr(liked, scored).statistic if len(liked) > 1 else np.nan
+    chosen = float(scored[liked == liked.max()].mean())
+    return Agreement(float(correlation), chosen, float(oracle.max()) - chosen, int(known.sum()))
 
 
 def _distributions(probabilities: NDArray[Any]) -> NDArray[np.float64]:

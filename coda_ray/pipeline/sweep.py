@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 POINT = "point"
 # A trial waits for its stages, which reserve what they need as they do in a matrix; Tune refuses 0.
 TRIAL = {"CPU": 0.01}
-BEST, TABLE = "best.yaml", "trials.csv"
+BEST, TABLE, SCORES = "best.yaml", "trials.csv", "scores.csv"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Outcome:
         One row per trial, the best first; then unfinished and failed ones; the unadapted models are among them, as trials
         without values.
     files
-        Address of the table and, once a trial finished, of the best configuration.
+        Address of the table, of every score of every pair, seed and step and, once a trial finished, of the best
+        configuration.
     command
         Adapts with the best values; None before a trial finished.
     whole
@@ -329,7 +330,9 @@ def _conclude(
     """Rank the trials, and write the table and the best configuration."""
     records = _records(results, job["key"])
     table = _table(config, records, cells)
-    files = {TABLE: table.to_csv(index=False).encode()}
+    files = {
+        name: frame.to_csv(index=False).encode() for name, frame in ((TABLE, table), (SCORES, _scores(config, records, cells)))
+    }
     command = None
     finished = table[(table["status"] == "finished") & table["score"].notna()]
     folder = results.child(f"{REPORT}/{job['key']}")
@@ -371,6 +374,22 @@ def _table(config: Config, records: Sequence[Mapping[str, Any]], cells: Sequence
     worst = frame["status"].map({"finished": 0, "unadapted": 0}).fillna(1)
     ordered = frame.assign(worst=worst, sign=frame["score"].astype(float) * (-1 if _mode(objective) == "max" else 1))
     return ordered.sort_values(["worst", "sign"], na_position="last").drop(columns=["worst", "sign"]).reset_index(drop=True)
+
+
+def _scores(config: Config, records: Sequence[Mapping[str, Any]], cells: Sequence[Cell]) -> pd.DataFrame:
+    """Lay out every score: one row per trial, step, pair and seed, and per unadapted model at step 0."""
+    own = {name: getattr(config.tune, name) for name in OWN}
+    rows = [
+        {"trial": record["key"], "step": point["step"], **own, **record[POINT], **cell}
+        for record in records
+        for point in record.get("curve", [])
+        for cell in point.get("cells", [])
+    ]
+    rows += [
+        {"trial": f"unadapted {cell.request.method}", "step": 0, "method": cell.request.method, **cell.measure_unadapted()}
+        for cell in cells
+    ]
+    return pd.DataFrame(rows)
 
 
 def _by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:

@@ -212,7 +212,8 @@ class Trial:
         for until in self._stops(results):
             cells = [cell.measure(until) for cell in self.cells]
             mean, spread = summary(cells, self.objective)
-            curve.append({"step": until or self.steps, "score": mean, "time_ms": int(time.time() * 1000)})
+            now = int(time.time() * 1000)
+            curve.append({"step": until or self.steps, "score": mean, "time_ms": now, "cells": cells})
             record = {
                 "key": self.key,
                 "sweep": self.sweep,

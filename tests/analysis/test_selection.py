@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from coda_ray.analysis.selection import CRITERIA, mean_entropy, mutual_information, rank_me
+from coda_ray.analysis.selection import CRITERIA, agreement, mean_entropy, mutual_information, rank_me
 
 
 def entropy(shares):
@@ -82,3 +82,37 @@ def test_wrong_input_is_refused():
     for wrong in (good - 0.5, np.vstack([good, 0 * good[:1]])):
         with pytest.raises(ValueError, match="give softmax outputs"):
             mean_entropy(wrong)
+
+
+def test_agreement_equals_ranks_counted_by_hand():
+    rng = np.random.default_rng(5)
+    criterion, oracle = rng.permutation(12).astype(float), rng.permutation(12).astype(float)
+    # Spearman's formula for ranks without ties.
+    expected = 1 - 6 * ((criterion - oracle) ** 2).sum() / (12 * (12**2 - 1))
+    found = agreement(criterion, oracle, "higher")
+    assert found.rank_correlation == pytest.approx(expected)
+    assert found.chosen == oracle[criterion == 11][0]
+    assert found.regret == 11 - found.chosen
+    assert found.models == 12
+    assert agreement(-criterion, oracle, "lower") == found
+
+
+def test_the_best_model_counts_even_where_the_criterion_does_not_know_it():
+    found = agreement(np.array([1.0, 2.0, np.nan]), np.array([30.0, 40.0, 90.0]), "higher")
+    assert (found.chosen, found.regret, found.models) == (40, 50, 2)
+    assert found.rank_correlation == pytest.approx(1)
+
+
+def test_models_that_are_liked_alike_are_averaged_and_have_no_rank():
+    found = agreement(np.zeros(3), np.array([10.0, 20.0, 60.0]), "lower")
+    assert found.chosen == pytest.approx(30)
+    assert math.isnan(found.rank_correlation)
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(ValueError, match=r"\(3,\) and oracle \(2,\)"):
+        agreement(np.zeros(3), np.zeros(2), "higher")
+    with pytest.raises(ValueError, match="not finite"):
+        agreement(np.zeros(2), np.array([1, np.nan]), "higher")
+    with pytest.raises(ValueError, match="cannot choose"):
+        agreement(np.full(2, np.nan), np.zeros(2), "higher")

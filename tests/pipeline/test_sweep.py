@@ -156,6 +156,18 @@ def test_states_in_the_middle_leave_their_criteria_alone(finished):
     assert [point["step"] for point in curve] == [2, 4]
 
 
+def test_every_score_of_every_state_is_in_a_table(finished):
+    config, outcome, _ = finished
+    (file,) = [file for file in outcome.files if file.endswith("scores.csv")]
+    scores = pd.read_csv(file)
+    # Two trials at steps 2 and 4 and the unadapted model, each on every pair and seed.
+    cells = len(config.tune.pairs) * len(config.tune.seeds)
+    assert sorted(scores["step"]) == sorted([0, 2, 4, 2, 4] * cells)
+    ends = scores[scores["step"] == 4].groupby("trial")[config.tune.objective].mean()
+    ranked = outcome.table.set_index("key")["score"]
+    assert ends.to_dict() == pytest.approx(ranked[ends.index].to_dict())
+
+
 def test_no_label_of_the_target_is_behind_a_score(finished, monkeypatch):
     config, _, _ = finished
     true = data.load_tiles

@@ -43,7 +43,13 @@ from coda_ray.tracking.table import job_matrix, rows_that_count
 REMEDY = "python jobs/matrix.py --config ..."
 SHOWN_CHANNELS = 3
 # Compared besides each method with the model that it starts from: the paper's claims, and corrections without and with a change.
-RIVALS: list[tuple[Method, Method]] = [("coda", "supervised"), ("coda", "oda"), ("sphering", "probe"), ("harmony", "probe")]
+RIVALS: list[tuple[Method, Method]] = [
+    ("coda", "supervised"),
+    ("coda", "oda"),
+    ("coda", "standardise"),
+    ("sphering", "probe"),
+    ("harmony", "probe"),
+]
 WELL = ["Metadata_Batch", "Metadata_Plate", "Metadata_Well"]
 Say = Callable[[str], None]
 

@@ -195,8 +195,13 @@ def render_matrix(tidy: pd.DataFrame) -> Table:
 def markdown_matrix(tidy: pd.DataFrame) -> str:
     """Write the table of `render_matrix` in Markdown."""
     header, rows, means = grid(tidy)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows, *means]
-    return f"**{title_of(tidy)}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return f"**{title_of(tidy)}**\n\n{markdown_table(header, [*rows, *means])}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write cells as a table in Markdown, numbers to the right of the first column."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def grid(tidy: pd.DataFrame) -> tuple[list[str], list[list[str]], list[list[str]]]:

@@ -334,18 +334,19 @@ def _conclude(
     records = _records(results, job["key"])
     table = _table(config, records, cells)
     files = {TABLE: table.to_csv(index=False).encode()}
-    command = None
+    command, best_score = None, {}
     finished = table[(table["status"] == "finished") & table["score"].notna()]
     folder = results.child(f"{REPORT}/{job['key']}")
     if len(finished):
         (best,) = [record for record in records if record["key"] == finished["key"].iloc[0]]
+        best_score = {"best_score": best["score"]}
         chosen = config_at(config, best[POINT])
         files[BEST] = dump_config(chosen).encode()
         command = _command(chosen, folder.address(BEST))
     for name, content in files.items():
         folder.write(name, content)
     if whole:
-        job |= {"whole": True, "summary": _summary(config, table, command)}
+        job |= {"whole": True, "summary": _summary(config, table, command), "scores": best_score}
         results.write(f"jobs/{job['key']}.json", json.dumps(job, indent=1).encode())
         tracker.finish_job(job)
     tracker.report(job, files)

@@ -33,7 +33,7 @@ from coda_ray.tracking.notes import (
     trial_note,
 )
 from coda_ray.tracking.outbox import without_password
-from coda_ray.tracking.records import IDENTITY, MEASURES, trial_measures
+from coda_ray.tracking.records import IDENTITY, MEASURES, SCORES, trial_measures
 from coda_ray.tracking.table import mean_scores
 
 if TYPE_CHECKING:
@@ -238,7 +238,9 @@ class RunStore:
         """
         identity = {name: str(record[name]) for name in IDENTITY}
         run = self._ensure("transfer", record["key"], transfer_name(record), parent, _first_ms(history))
-        values = {name: float(record[name]) for name in MEASURES if record.get(name) is not None}
+        # MLflow shows first what came first.
+        ordered = (*SCORES, *(name for name in MEASURES if name not in SCORES))
+        values = {name: float(record[name]) for name in ordered if record.get(name) is not None}
         tags = {NOTE_TAG: transfer_note(record, job)} if job else {}
         self._send_differences(run, params=identity, tags=tags, values=values)
         self._send_data(run, _data_of(record, job))
@@ -424,7 +426,8 @@ class RunStore:
 def _origin(record: Mapping[str, Any]) -> dict[str, str]:
     """Say how a job was made, as tags: its kind, and what MLflow shows as the source of a run."""
     script = next((word for word in shlex.split(record["command"]) if word.endswith(".py")), record["command"])
-    tags = {"job": record["kind"], SOURCE_TAG: script, SOURCE_TYPE_TAG: "JOB"}
+    # jobs/matrix.py, from whatever folder it was started.
+    tags = {"job": record["kind"], SOURCE_TAG: "/".join(Path(script).parts[-2:]), SOURCE_TYPE_TAG: "JOB"}
     if record.get("commit"):
         tags |= {COMMIT_TAG: record["commit"], DIRTY_TAG: str(record["dirty"]).lower()}
     return tags

@@ -155,7 +155,7 @@ def mean_scores(tidy: pd.DataFrame) -> dict[str, float]:
             unit = "" if granularity == "source" else f" per {granularity}"
             held_out = " compounds held out" if split == "compounds" else ""
             means = _pairs_of_all(part).mean()
-            found |= {f"mean_{metric}/{method}{unit}{held_out}": float(mean) for method, mean in means.items()}
+            found |= {f"mean_{metric}/{method}{unit}{held_out}": round(float(mean), 6) for method, mean in means.items()}
     return found
 
 

@@ -538,6 +538,8 @@ class Tracking(Section):
     """Log to MLflow at all; results are complete without it."""
     experiment: str = "coda_ray"
     """MLflow experiment."""
+    system_metrics: bool = True
+    """Also show processor, memory, disk and network of the machine that the job's driver runs on, on the job's run."""
 
 
 class Matrix(Section):

@@ -118,7 +118,7 @@ def _matrix(config: Config) -> int:
     from coda_ray.pipeline.matrix import requests_of
     from coda_ray.pipeline.report import run_job
 
-    return run_job(config, requests_of(config), kind="matrix", name="demo")
+    return run_job(config, requests_of(config), kind="matrix", name="demo matrix")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,17 @@
-"""Invented findings, and a reader of pages."""
+"""An invented results folder, invented findings on it, and a reader of pages."""
 
+import io
+import itertools
+import json
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from coda_ray.config import Config, Place
+from coda_ray.storage import Folder, open_place
+from coda_ray.tiles.store import content_key
 from coda_ray.tracking.findings import (
     DATA_COLUMNS,
     DIFFERENCE_COLUMNS,
@@ -14,6 +21,7 @@ from coda_ray.tracking.findings import (
     Findings,
     LayerComparison,
 )
+from coda_ray.tracking.records import FEATURE_SCORES
 from coda_ray.tracking.table import compile_transfers, job_matrix
 
 VOID = {"meta", "img", "br", "link"}
@@ -87,3 +95,137 @@ def findings(results, **changes):
         "remedy": "python jobs/matrix.py",
     }  # fmt: skip
     return Findings(**(given | changes))
+
+
+def write_json(results, path, value):
+    results.write(path, json.dumps(value).encode())
+
+
+def write_history(results, stage_path, seed, points=40):
+    rng = np.random.default_rng(seed)
+    history = pd.DataFrame(
+        {
+            "step": np.arange(points) * 20,
+            "time_ms": 1_700_000_000_000 + np.arange(points) * 1500,
+            "loss": rng.uniform(3, 5, points),
+            "knn": np.where(np.arange(points) % 10 == 0, rng.uniform(0, 1, points), np.nan),
+        }
+    )
+    sink = io.BytesIO()
+    history.to_parquet(sink, index=False)
+    results.write(f"{stage_path}/history.parquet", sink.getvalue())
+    return history
+
+
+def transfer_record(source, target, method, seed, **changes):
+    home = source == target
+    adapted = method in ("oda", "coda")
+    key = f"{source}{target}{method}{seed}".replace("-", "")
+    score = {"supervised": 0.2, "dual-cb": 0.25, "coda": 0.5}[method] + seed / 100
+    record = {
+        "source": source,
+        "target": target,
+        "method": method,
+        "granularity": "plate" if home else "source",
+        "unit": f"{source}-P3" if home else target,
+        "scope": "adapted" if home else "whole",
+        "split": "plate",
+        "seed": seed,
+        "n_images": 100,
+        "n_wells": 10,
+        "n_compounds": 5,
+        "accuracy": score,
+        "macro_f1": score / 2,
+        "well_accuracy": score,
+        "well_macro_f1": score / 2,
+        "compound_accuracy": score,
+        "compound_macro_f1": score / 2,
+        "accuracy_low": score - 0.02,
+        "accuracy_high": score + 0.02,
+        **dict.fromkeys(FEATURE_SCORES, None if home else 0.3),
+        "steps": 780 if adapted else 0,
+        "seconds": 12.5,
+        "key": key,
+        "history": f"adapt/{key}" if adapted else None,
+    }
+    return record | changes
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def data_of(*roles):
+    """Tiles of sources, as a job's record names them."""
+    return [
+        {
+            "name": name,
+            "address": f"s3://tiles/0123456789abcdef/{name}",
+            "fingerprint": content_key(name),
+            "tiles": 360,
+            "context": context,
+        }
+        for name, context in roles
+    ]
+
+
+def invented_results(root: Path) -> Folder:
+    """A results folder with one matrix: one source, three targets, two methods, two seeds."""
+    results = open_place(Place(address=str(root)))
+    records = [
+        transfer_record(source, target, method, seed)
+        for source, target, method, seed in itertools.product("A", "ABC", ("supervised", "coda"), (0, 1))
+        if not (source == target and method == "coda")
+    ]
+    for number, record in enumerate(records):
+        write_json(results, f"transfers/{record['key']}.json", record)
+        if record["history"]:
+            write_history(results, record["history"], number)
+    write_history(results, "pretrain/aaaa", 99)
+    write_json(results, "pretrain/aaaa/stage.json", {"stage": "pretrain", "key": "aaaa", "title": "dino-cb A", "inputs": {}})
+    job = {
+        "key": "jobkey1",
+        "kind": "matrix",
+        "name": "matrix A → B, C",
+        "command": "python jobs/matrix.py --config configs/demo.yaml",
+        "commit": COMMIT,
+        "dirty": False,
+        "config": {"adapt": {"lr": 0.0003}, "results": {"address": "s3://bucket/results"}},
+        "data": data_of(("A", "source, target"), ("B", "target"), ("C", "target")),
+        "transfers": [record["key"] for record in records],
+        "stages": ["pretrain/aaaa"],
+    }
+    write_json(results, "jobs/jobkey1.json", job)
+    return results
+
+
+def write_sweep(results: Folder) -> list[dict]:
+    """Add a finished sweep of granularity and learning rate, six trials, to a results folder."""
+    space = {"granularity": ["source", "batch"], "adapt.lr": [1e-4, 5e-4, 1e-3]}
+    config = Config.model_validate({"tune": {"pairs": [["A", "B"]], "space": space, "search": "grid"}})
+    trials = []
+    for number, (granularity, lr) in enumerate(itertools.product(*space.values())):
+        score = 0.15 + 20 * lr - (0.01 if granularity == "batch" else 0.0)
+        cell = {"source": "A", "target": "B", "seed": 0, "replicate_map": score, "oracle_accuracy": 0.55 - 50 * lr}
+        curve = [{"step": 50 * n, "score": score * n / 3, "time_ms": 1_700_000_000_000 + 60_000 * n} for n in (1, 2, 3)]
+        point = {"granularity": granularity, "adapt.lr": lr}
+        trials.append(
+            {
+                "key": f"trial{number}", "sweep": "sweepkey1", "point": point, "status": "finished", "step": 150, "score": score,
+                "score_std": None, "cells": [cell], "curve": curve, "seconds": 180.0,
+            }
+        )  # fmt: skip
+        write_json(results, f"sweeps/sweepkey1/trial{number}.json", trials[-1])
+    job = {
+        "key": "sweepkey1",
+        "kind": "tune",
+        "name": "sweep of granularity, adapt.lr, A → B",
+        "command": "python jobs/tune.py --config configs/demo.yaml",
+        "config": config.model_dump(mode="json"),
+        "data": data_of(("A", "source"), ("B", "target")),
+        "transfers": [],
+        "stages": [],
+        "whole": True,
+        "summary": "| granularity | score |\n| --- | ---: |\n| source | 0.17 |\n",
+    }
+    write_json(results, "jobs/sweepkey1.json", job)
+    return trials

@@ -14,6 +14,7 @@ import ray
 
 from coda_ray.config import Config, ConfigError
 from coda_ray.pipeline.data import DataError
+from coda_ray.pipeline.record import TRAINING, job_record
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.task import Facts, cause_of, nodes, room, submit
 from coda_ray.pipeline.transfer import Request, Transfer, plan, score, stages_of, unadapted
@@ -25,8 +26,6 @@ from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.table import compile_transfers, job_matrix
 from coda_ray.training.launch import resources
 from coda_ray.training.loop import Report
-
-TRAINING = ("pretrain", "classify", "adapt")
 
 log = logging.getLogger(__name__)
 
@@ -147,15 +146,16 @@ def run_transfers(
     results = open_place(config.results)
     transfers = plan_all(config, requests)
     stages = stages_of(transfers)
-    job: dict[str, Any] = {
-        "key": job_key(kind, requests, stages),
-        "kind": kind,
-        "name": name,
-        "command": command,
-        "config": config.model_dump(mode="json"),
-        "transfers": [transfer.key for transfer in transfers if len(transfer.index)],
-        "stages": [stage.path for stage in stages if stage.kind in TRAINING],
-    }
+    job = job_record(
+        config,
+        key=job_key(kind, requests, stages),
+        kind=kind,
+        name=name,
+        command=command,
+        pairs=[(request.source, request.target) for request in requests],
+        transfers=[transfer.key for transfer in transfers if len(transfer.index)],
+        stages=stages,
+    )
     results.write(f"jobs/{job['key']}.json", json.dumps(job, indent=1).encode())
     tracker = Tracker.open(config.tracking, results)
     try:

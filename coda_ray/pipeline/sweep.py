@@ -18,23 +18,26 @@ from ray.tune.search.optuna import OptunaSearch
 from coda_ray.analysis.selection import CRITERIA
 from coda_ray.cluster import quieten
 from coda_ray.config import Config, ConfigError, dump_config
-from coda_ray.pipeline.matrix import TRAINING, StagesFailedError, run_stages
+from coda_ray.pipeline.matrix import StagesFailedError, run_stages
+from coda_ray.pipeline.record import job_record
 from coda_ray.pipeline.space import OWN, config_at, corners, points_of, tune_domain
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.task import room
 from coda_ray.pipeline.transfer import with_needs
-from coda_ray.pipeline.trial import ORACLES, Cell, Trial, summary
+from coda_ray.pipeline.trial import ORACLE, ORACLES, Cell, Trial, summary
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key
 from coda_ray.tracking.records import read_record, read_records, trial_measures
 from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.store import REPORT
+from coda_ray.tracking.table import markdown_table
 
 Say = Callable[[str], None]
 POINT = "point"
 # A trial waits for its stages, which reserve what they need as they do in a matrix; Tune refuses 0.
 TRIAL = {"CPU": 0.01}
 BEST, TABLE, SCORES = "best.yaml", "trials.csv", "scores.csv"
+MOST_TOLD = 10
 
 
 @dataclass(frozen=True)
@@ -146,16 +149,17 @@ def _job(config: Config, key: str, command: str, upstream: Sequence[Stage]) -> d
     """Describe the sweep for MLflow."""
     settings = config.tune
     ends = ", ".join(f"{source} → {target}" for source, target in settings.pairs)
-    return {
-        "key": key,
-        "kind": "tune",
-        "name": f"sweep of {', '.join(settings.space)}, {ends}",
-        "command": command,
-        "config": config.model_dump(mode="json"),
-        "whole": False,
-        "transfers": [],
-        "stages": [stage.path for stage in upstream if stage.kind in TRAINING],
-    }
+    record = job_record(
+        config,
+        key=key,
+        kind="tune",
+        name=f"sweep of {', '.join(settings.space)}, {ends}",
+        command=command,
+        pairs=settings.pairs,
+        transfers=[],
+        stages=upstream,
+    )
+    return {**record, "whole": False}
 
 
 def _make_upstream(config: Config, results: Folder, upstream: Sequence[Stage], say: Say) -> None:
@@ -333,18 +337,19 @@ def _conclude(
     files = {
         name: frame.to_csv(index=False).encode() for name, frame in ((TABLE, table), (SCORES, _scores(config, records, cells)))
     }
-    command = None
+    command, best_score = None, {}
     finished = table[(table["status"] == "finished") & table["score"].notna()]
     folder = results.child(f"{REPORT}/{job['key']}")
     if len(finished):
         (best,) = [record for record in records if record["key"] == finished["key"].iloc[0]]
+        best_score = {"best_score": best["score"]}
         chosen = config_at(config, best[POINT])
         files[BEST] = dump_config(chosen).encode()
         command = _command(chosen, folder.address(BEST))
     for name, content in files.items():
         folder.write(name, content)
     if whole:
-        job["whole"] = True
+        job |= {"whole": True, "summary": _summary(config, table, command), "scores": best_score}
         results.write(f"jobs/{job['key']}.json", json.dumps(job, indent=1).encode())
         tracker.finish_job(job)
     tracker.report(job, files)
@@ -390,6 +395,17 @@ def _scores(config: Config, records: Sequence[Mapping[str, Any]], cells: Sequenc
         for cell in cells
     ]
     return pd.DataFrame(rows)
+
+
+def _summary(config: Config, table: pd.DataFrame, command: str | None) -> str:
+    """Tell of the best trials in Markdown, for those who meet the sweep in MLflow."""
+    names = [*config.tune.space, "status", "score", "score_std", ORACLE]
+    rows = [
+        ["–" if pd.isna(row[name]) else _text(row[name]) for name in names] for row in table.head(MOST_TOLD).to_dict("records")
+    ]
+    words = f"Trials by {config.tune.objective}, the best first; {ORACLE} reads labels: for research."
+    told = f"{words}\n\n{markdown_table(names, rows)}"
+    return f"{told}\nThe best:\n\n```\n{command}\n```\n" if command else told
 
 
 def _by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:

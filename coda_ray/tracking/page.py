@@ -36,7 +36,7 @@ from coda_ray.tracking.table import matrices, seeds_text, shown
 PAGE = "report.html"
 TEMPLATE = "page.html"
 # Raise it when the page or a file of it changes, so that reports are written anew.
-PAGE_VERSION = 1
+PAGE_VERSION = 2
 TERMS = (
     ("source, target", "the laboratory whose labels trained the model, and the one whose images are classified without labels"),
     (

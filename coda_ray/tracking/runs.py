@@ -28,10 +28,14 @@ class Tracker:
     ----------
     store
         Where runs go; None sends nothing.
+    system_metrics
+        Whether the job's run shows this machine's load.
     """
 
-    def __init__(self, store: RunStore | None) -> None:
+    def __init__(self, store: RunStore | None, *, system_metrics: bool = False) -> None:
         self._store = store
+        self._watching = system_metrics
+        self._monitor: Any = None
         self._outbox = Outbox("MLflow")
         self._job: Mapping[str, Any] | None = None
         self._parent: str | None = None
@@ -55,7 +59,7 @@ class Tracker:
             To `MLFLOW_TRACKING_URI`, else to `mlflow.db` in a results folder on this machine; else one that sends
             nothing, with the reason in the log.
         """
-        return cls(RunStore.open(tracking, results))
+        return cls(RunStore.open(tracking, results), system_metrics=tracking.system_metrics)
 
     @property
     def ui_hint(self) -> str | None:
@@ -71,7 +75,7 @@ class Tracker:
         Parameters
         ----------
         record
-            As in `jobs/<job key>.json`: key, kind, name, command, config.
+            As in `jobs/<job key>.json`.
         """
         self._job = dict(record)
         self._put(f"job {record['name']}", self._ensure_parent)
@@ -89,13 +93,13 @@ class Tracker:
         scored = dict(record)
 
         def send(store: RunStore) -> None:
-            self._running.discard(store.transfer(scored, history, self._ensure_parent(store)))
+            self._running.discard(store.transfer(scored, history, self._ensure_parent(store), self._job))
 
         self._put(f"transfer {record['key']}", send)
 
     def trial(self, record: Mapping[str, Any]) -> None:
         """Send a trial of a sweep, as in `sweeps/<sweep key>/<trial key>.json`."""
-        self._put(f"trial {record['key']}", lambda store: store.trial(record, self._ensure_parent(store)))
+        self._put(f"trial {record['key']}", lambda store: store.trial(record, self._ensure_parent(store), self._job))
 
     def stage(self, title: str, key: str, history: pd.DataFrame | None) -> None:
         """Send the curves of a stage that several transfers stand on."""
@@ -123,7 +127,7 @@ class Tracker:
         identity = {name: record[name] for name in (*IDENTITY, "key")}
         return self._live(
             f"transfer {record['key']}",
-            lambda store: store.transfer(identity, None, self._ensure_parent(store)),
+            lambda store: store.transfer(identity, None, self._ensure_parent(store), self._job),
         )
 
     def live_stage(self, title: str, key: str) -> LiveLogger | None:
@@ -182,7 +186,7 @@ class Tracker:
         if self._store is None:
             return 0
         store = self._store
-        unsent = self._outbox.close(wait_s, lambda: self._fail_running(store))
+        unsent = self._outbox.close(wait_s, lambda: self._end(store))
         if unsent:
             log.warning(
                 "MLflow at %s: %d records were not sent; the results are complete, and "
@@ -220,9 +224,13 @@ class Tracker:
             self._parent = store.job(self._job)
             store.reopen(self._parent)
             self._running.add(self._parent)
+            if self._watching:
+                self._monitor = store.monitor(self._parent)
         return self._parent
 
-    def _fail_running(self, store: RunStore) -> None:
+    def _end(self, store: RunStore) -> None:
         """End what the job left running."""
+        if self._monitor is not None:
+            self._monitor.finish()
         while self._running:
             store.end(self._running.pop(), "FAILED")

@@ -7,24 +7,38 @@ import json
 import logging
 import math
 import os
+import shlex
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
-import yaml
 
 from coda_ray.config import Tracking
 from coda_ray.storage import Folder
-from coda_ray.tracking.records import IDENTITY, MEASURES, trial_measures
-from coda_ray.tracking.table import markdown_matrix, matrices
+from coda_ray.tracking.notes import (
+    CONFIG,
+    EXPERIMENT_NOTE,
+    config_text,
+    job_note,
+    markdown_matrices,
+    settings_of,
+    transfer_name,
+    transfer_note,
+    trial_name,
+    trial_note,
+)
+from coda_ray.tracking.outbox import without_password
+from coda_ray.tracking.records import IDENTITY, MEASURES, SCORES, trial_measures
+from coda_ray.tracking.table import mean_scores
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
     from mlflow.tracking import MlflowClient
 
 log = logging.getLogger(__name__)
@@ -32,9 +46,15 @@ PARENT_TAG = "mlflow.parentRunId"
 NOTE_TAG = "mlflow.note.content"
 TABLES_TAG = "mlflow.loggedArtifacts"
 CURVES_TAG = "curves"
+# MLflow's page of an experiment asks for traces of language models where it is not told what the experiment holds.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development", NOTE_TAG: EXPERIMENT_NOTE}
+# How MLflow says how a run was made, and what a data set was for.
+SOURCE_TAG, SOURCE_TYPE_TAG = "mlflow.source.name", "mlflow.source.type"
+COMMIT_TAG, DIRTY_TAG = "mlflow.source.git.commit", "mlflow.source.git.dirty"
+CONTEXT_TAG = "mlflow.data.context"
+ENDS = {"failed": "FAILED", "running": "KILLED"}
 # Folder of a job's report, among the artifacts of its run and in the results.
 REPORT = "report"
-NOTE_LENGTH = 7500  # of the 8000 characters that MLflow keeps
 POINTS_PER_CALL = 1000
 # Set where the user has not: a dead server is known in seconds, not minutes; nothing is printed or phoned home.
 ENVIRONMENT = {
@@ -131,12 +151,12 @@ class RunStore:
         return cast("MlflowClient", self._client)
 
     def job(self, record: Mapping[str, Any]) -> str:
-        """Find or make the parent run of a job and describe it.
+        """Find or make the parent run of a job, and put description, configuration, data and commit on it.
 
         Parameters
         ----------
         record
-            The job's record: key, kind, name, command, config.
+            The job's record, as `pipeline.record.job_record` makes it.
 
         Returns
         -------
@@ -145,7 +165,9 @@ class RunStore:
         """
         run = self._ensure("job", record["key"], record["name"], None, None)
         if NOTE_TAG not in run.data.tags:
-            self._send_differences(run, tags={"job": record["kind"], NOTE_TAG: _note(record, None)})
+            self._upload(run.info.run_id, {CONFIG: config_text(record).encode()})
+            self._send_differences(run, settings_of(record), {**_origin(record), NOTE_TAG: job_note(record, None)})
+            self._send_data(run, record.get("data", []))
         return str(run.info.run_id)
 
     def finish_job(self, record: Mapping[str, Any], matrix: pd.DataFrame | None, pictures: Mapping[str, bytes]) -> None:
@@ -161,14 +183,18 @@ class RunStore:
             Name to PNG.
         """
         run = self._ensure("job", record["key"], record["name"], None, None)
-        files = {"config.yaml": yaml.safe_dump(record["config"], sort_keys=False).encode()}
-        files |= {f"{name}.png": data for name, data in pictures.items()}
-        tags = {"job": record["kind"], NOTE_TAG: _note(record, matrix)}
+        files = {CONFIG: config_text(record).encode()} | {f"{name}.png": data for name, data in pictures.items()}
+        tags = {**_origin(record), NOTE_TAG: job_note(record, matrix)}
+        values = dict(record.get("scores", {}))
         if matrix is not None and len(matrix):
             files["matrix.json"] = str(matrix.to_json(orient="split", index=False)).encode()
-            files["matrix.md"] = _markdown(matrix, matrix["metric"].unique().tolist()).encode()
+            files["matrix.md"] = markdown_matrices(matrix, matrix["metric"].unique().tolist()).encode()
             tags[TABLES_TAG] = json.dumps([{"path": "matrix.json", "type": "table"}])
-        self._send_differences(run, tags=tags)
+            values |= mean_scores(matrix)
+        # Of a job that is done again with other workers, say, the first values stay: MLflow changes none.
+        fresh = {name: value for name, value in settings_of(record).items() if name not in run.data.params}
+        self._send_differences(run, fresh, tags, values)
+        self._send_data(run, record.get("data", []))
         self._upload(run.info.run_id, files)
         if run.info.status != "FINISHED":
             self.end(run.info.run_id)
@@ -185,8 +211,14 @@ class RunStore:
         """
         self._upload(self.job(record), files, REPORT)
 
-    def transfer(self, record: Mapping[str, Any], history: pd.DataFrame | None, parent: str | None) -> str:
-        """Send one transfer: identity as params and tags, scores as metrics, curves.
+    def transfer(
+        self,
+        record: Mapping[str, Any],
+        history: pd.DataFrame | None,
+        parent: str | None,
+        job: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Send one transfer: identity as params, scores as metrics, curves.
 
         Parameters
         ----------
@@ -196,17 +228,22 @@ class RunStore:
             Log points (step, time_ms, measures), or None.
         parent
             Run id of the job; the run moves under it.
+        job
+            The job's record, for the description and the data.
 
         Returns
         -------
         str
             Run id; the same for the same key.
         """
-        identity = {name: str(record[name]) for name in (*IDENTITY, "key")}
-        name = "{method} {source} → {target}, {unit} ({scope}), seed {seed}".format(**identity)
-        run = self._ensure("transfer", record["key"], name, parent, history)
-        values = {name: float(record[name]) for name in MEASURES if record.get(name) is not None}
-        self._send_differences(run, params=identity, tags=identity, values=values)
+        identity = {name: str(record[name]) for name in IDENTITY}
+        run = self._ensure("transfer", record["key"], transfer_name(record), parent, _first_ms(history))
+        # MLflow shows first what came first.
+        ordered = (*SCORES, *(name for name in MEASURES if name not in SCORES))
+        values = {name: float(record[name]) for name in ordered if record.get(name) is not None}
+        tags = {NOTE_TAG: transfer_note(record, job)} if job else {}
+        self._send_differences(run, params=identity, tags=tags, values=values)
+        self._send_data(run, _data_of(record, job))
         self._curves(run, history)
         if values and run.info.status != "FINISHED":
             self.end(run.info.run_id, history=history)
@@ -220,13 +257,13 @@ class RunStore:
         str
             Run id; the same for the same key.
         """
-        run = self._ensure("stage", key, title, parent, history)
+        run = self._ensure("stage", key, title, parent, _first_ms(history))
         self._curves(run, history)
         if history is not None and run.info.status != "FINISHED":
             self.end(run.info.run_id, history=history)
         return str(run.info.run_id)
 
-    def trial(self, record: Mapping[str, Any], parent: str | None) -> str:
+    def trial(self, record: Mapping[str, Any], parent: str | None, job: Mapping[str, Any] | None = None) -> str:
         """Send one trial of a sweep: values as params, score, criteria and oracles as metrics, the score at its steps as curve.
 
         Parameters
@@ -235,6 +272,8 @@ class RunStore:
             The trial's record.
         parent
             Run id of the sweep.
+        job
+            The sweep's record, for the description and the data.
 
         Returns
         -------
@@ -243,14 +282,40 @@ class RunStore:
         """
         values = {name: str(value) for name, value in record["point"].items()}
         history = pd.DataFrame(record.get("curve", []), columns=["step", "time_ms", "score"])
-        name = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in values.items())
+        started = None if history.empty else int(history["time_ms"].max() - 1000 * record["seconds"])
         # A trial of the same values in another sweep is another run.
-        run = self._ensure("trial", f"{record['sweep']} {record['key']}", name, parent, history)
+        run = self._ensure("trial", f"{record['sweep']} {record['key']}", trial_name(record), parent, started)
         tags = {"status": record["status"]} | ({"reason": record["reason"]} if record.get("reason") else {})
+        tags |= {NOTE_TAG: trial_note(record, job)} if job else {}
         self._curves(run, history.astype({"score": "float64"}))
         self._send_differences(run, params=values, tags=tags, values=trial_measures(record))
-        self.end(run.info.run_id, "FAILED" if record["status"] == "failed" else "FINISHED", history)
+        self._send_data(run, job.get("data", []) if job else [])
+        self.end(run.info.run_id, ENDS.get(record["status"], "FINISHED"), history)
         return str(run.info.run_id)
+
+    def monitor(self, run_id: str) -> "SystemMetricsMonitor | None":
+        """Begin to send processor, memory, disk and network of this machine to a run, from a thread of MLflow's own.
+
+        Parameters
+        ----------
+        run_id
+            A run that is running; when it ends, or is not reached, the thread ends.
+
+        Returns
+        -------
+        SystemMetricsMonitor or None
+            Whose `finish` sends the last of it; None where psutil is not installed.
+        """
+        # What it says of a server that is not reached holds the whole address, with a password.
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL + 1)
+        try:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+        except ImportError as error:
+            log.info("no system metrics: %s", error)
+            return None
+        monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=self.address)  # type: ignore[no-untyped-call]
+        monitor.start()  # type: ignore[no-untyped-call]
+        return monitor
 
     def reopen(self, run_id: str) -> None:
         """Mark a run as running (again)."""
@@ -268,7 +333,7 @@ class RunStore:
         found = client.get_experiment_by_name(self.experiment)
         if found is None:
             try:
-                return str(client.create_experiment(self.experiment, artifact_location=self.artifacts))
+                return str(client.create_experiment(self.experiment, self.artifacts, EXPERIMENT_TAGS))
             except MlflowException:  # another job may have made it meanwhile
                 found = client.get_experiment_by_name(self.experiment)
                 if found is None:
@@ -279,7 +344,7 @@ class RunStore:
             )
         return str(found.experiment_id)
 
-    def _ensure(self, kind: str, key: str, name: str, parent: str | None, history: pd.DataFrame | None) -> "Run":
+    def _ensure(self, kind: str, key: str, name: str, parent: str | None, start: int | None) -> "Run":
         """Find the run of a record under its newest parent, or make it."""
         client = self.client
         where = f"tags.kind = '{kind}' and tags.key = '{key}'"
@@ -292,7 +357,6 @@ class RunStore:
             if parent and run.data.tags.get(PARENT_TAG) != parent:
                 client.set_tag(run.info.run_id, PARENT_TAG, parent)
             return run
-        start = None if history is None or history.empty else int(history["time_ms"].min())
         tags = {"kind": kind, "key": key} | ({PARENT_TAG: parent} if parent else {})
         return client.create_run(self._experiment_id, start_time=start, tags=tags, run_name=name)
 
@@ -317,6 +381,28 @@ class RunStore:
         if new_params or new_tags or new_values:
             self.client.log_batch(run.info.run_id, metrics=new_values, params=new_params, tags=new_tags)
 
+    def _send_data(self, run: "Run", data: Sequence[Mapping[str, Any]]) -> None:
+        """Name the tiles that a run used, as entries of a job's `data`; those that the run names already are left out."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        known = {(have.dataset.name, have.dataset.digest) for have in (run.inputs.dataset_inputs if run.inputs else [])}
+        wanted = [
+            DatasetInput(
+                Dataset(
+                    name=one["name"],
+                    digest=one["fingerprint"],
+                    source_type="s3" if one["address"].startswith("s3:") else "local",
+                    source=json.dumps({"uri": without_password(one["address"])}),
+                    profile=json.dumps({"num_rows": one["tiles"]}),
+                ),
+                [InputTag(CONTEXT_TAG, one["context"])],
+            )
+            for one in data
+            if (one["name"], one["fingerprint"]) not in known
+        ]
+        if wanted:
+            self.client.log_inputs(run.info.run_id, wanted)
+
     def _curves(self, run: "Run", history: pd.DataFrame | None) -> None:
         """Send log points, unless the run is marked as having them; MLflow does not double what it has."""
         if history is None or history.empty:
@@ -335,6 +421,30 @@ class RunStore:
             for name, data in files.items():
                 Path(folder, name).write_bytes(data)
             self.client.log_artifacts(run_id, folder, path)
+
+
+def _origin(record: Mapping[str, Any]) -> dict[str, str]:
+    """Say how a job was made, as tags: its kind, and what MLflow shows as the source of a run."""
+    script = next((word for word in shlex.split(record["command"]) if word.endswith(".py")), record["command"])
+    # jobs/matrix.py, from whatever folder it was started.
+    tags = {"job": record["kind"], SOURCE_TAG: "/".join(Path(script).parts[-2:]), SOURCE_TYPE_TAG: "JOB"}
+    if record.get("commit"):
+        tags |= {COMMIT_TAG: record["commit"], DIRTY_TAG: str(record["dirty"]).lower()}
+    return tags
+
+
+def _data_of(record: Mapping[str, Any], job: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Choose the tiles of a transfer's source and target from those of its job."""
+    roles = {
+        name: [role for role in ("source", "target") if record[role] == name] for name in (record["source"], record["target"])
+    }
+    data = job.get("data", []) if job else []
+    return [{**one, "context": ", ".join(roles[one["name"]])} for one in data if one["name"] in roles]
+
+
+def _first_ms(history: pd.DataFrame | None) -> int | None:
+    """Time of the first log point."""
+    return None if history is None or history.empty else int(history["time_ms"].min())
 
 
 def curve_points(history: pd.DataFrame) -> list[Any]:
@@ -358,20 +468,3 @@ def curve_points(history: pd.DataFrame) -> list[Any]:
         for name, value in row.items()
         if name not in ("step", "time_ms") and value is not None and math.isfinite(value)
     ]
-
-
-def _markdown(matrix: pd.DataFrame, metrics: list[str]) -> str:
-    """Every matrix of some metrics, one below the other."""
-    return "\n".join(markdown_matrix(part) for metric in metrics for part in matrices(matrix, metric))
-
-
-def _note(record: Mapping[str, Any], matrix: pd.DataFrame | None) -> str:
-    """Describe a job: its matrix, command and configuration, as long as MLflow keeps it."""
-    parts = [] if matrix is None or matrix.empty else [_markdown(matrix, ["accuracy", "macro_f1"])]
-    parts.append(f"```\n{record['command']}\n```\n")
-    config = f"```yaml\n{yaml.safe_dump(record['config'], sort_keys=False)}```\n"
-    note = "\n".join(parts)
-    room = NOTE_LENGTH - len(note)
-    if room < 0:
-        return f"{note[:NOTE_LENGTH]}…\n\nThe whole matrix is in matrix.md, the configuration in config.yaml."
-    return f"{note}\n{config}" if len(config) < room else f"{note}\nThe configuration is in config.yaml."

@@ -74,15 +74,17 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
             progress(done, total)
 
     parents = {job["key"]: store.job(job) for job in jobs}
+    by_key = {job["key"]: job for job in jobs}
     for record in transfers:
-        store.transfer(record, read_history(results, record["history"]), parents.get(job_of.get(record["key"], "")))
+        owner = job_of.get(record["key"], "")
+        store.transfer(record, read_history(results, record["history"]), parents.get(owner), by_key.get(owner))
         advance()
     sent = 0
     for path in stages:
         sent += _send_stage(results, store, path, parents[stage_job[path]])
         advance()
     for record in trials:
-        store.trial(record, parents.get(record["sweep"]))
+        store.trial(record, parents.get(record["sweep"]), by_key.get(record["sweep"]))
         advance()
     for job in jobs:
         _finish(store, job, frame)

@@ -134,6 +134,37 @@ def shown(names: Sequence[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (_method_rank(name), _natural(name)))
 
 
+def mean_scores(tidy: pd.DataFrame) -> dict[str, float]:
+    """Average accuracy and macro-F1 of each method over the pairs of different sources that every method was scored on.
+
+    Parameters
+    ----------
+    tidy
+        From `job_matrix`.
+
+    Returns
+    -------
+    dict
+        `mean_<metric>/<method>`, where it applies with ` per batch` or ` per plate` and ` compounds held out`, to a share
+        in [0, 1]; NaN where there is no such pair.
+    """
+    found: dict[str, float] = {}
+    for metric in ("accuracy", "macro_f1"):
+        for part in matrices(tidy, metric):
+            granularity, split = part["granularity"].iloc[0], part["split"].iloc[0]
+            unit = "" if granularity == "source" else f" per {granularity}"
+            held_out = " compounds held out" if split == "compounds" else ""
+            means = _pairs_of_all(part).mean()
+            found |= {f"mean_{metric}/{method}{unit}{held_out}": round(float(mean), 6) for method, mean in means.items()}
+    return found
+
+
+def _pairs_of_all(tidy: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds, a row per pair of different sources that every method was scored on, a column per method."""
+    wide = tidy[tidy["source"] != tidy["target"]].pivot(index=["source", "target"], columns="method", values="mean")
+    return wide.reindex(columns=shown(tidy["method"].tolist())).dropna()
+
+
 def cells_of(tidy: pd.DataFrame) -> dict[tuple[str, str, str], tuple[float, float]]:
     """Index a matrix: (source, target, method) to (mean, std)."""
     names = zip(*(tidy[name].tolist() for name in CELL), strict=True)
@@ -195,8 +226,13 @@ def render_matrix(tidy: pd.DataFrame) -> Table:
 def markdown_matrix(tidy: pd.DataFrame) -> str:
     """Write the table of `render_matrix` in Markdown."""
     header, rows, means = grid(tidy)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows, *means]
-    return f"**{title_of(tidy)}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return f"**{title_of(tidy)}**\n\n{markdown_table(header, [*rows, *means])}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write cells as a table in Markdown, numbers to the right of the first column."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def grid(tidy: pd.DataFrame) -> tuple[list[str], list[list[str]], list[list[str]]]:
@@ -205,8 +241,7 @@ def grid(tidy: pd.DataFrame) -> tuple[list[str], list[list[str]], list[list[str]
     cells = {cell: cell_text(*values) for cell, values in cells_of(tidy).items()}
     pairs = list(dict.fromkeys(zip(tidy["source"], tidy["target"], strict=True)))
     rows = [[f"{s} → {t}", *[cells.get((s, t, method), "–") for method in methods]] for s, t in pairs]
-    wide = tidy[tidy["source"] != tidy["target"]].pivot(index=["source", "target"], columns="method", values="mean")
-    whole = wide.reindex(columns=methods).dropna()
+    whole = _pairs_of_all(tidy)
     name = f"mean of {len(whole)} source ≠ target"
     means = [[name, *[f"{100 * whole[method].mean():.1f}" for method in methods]]] if len(whole) > 1 else []
     return ["source → target", *methods], rows, means

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +17,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from coda_ray.config import Tracking
+from coda_ray.config import Config, Tracking
 from coda_ray.storage import Folder
+from coda_ray.tiles.store import content_key
 from coda_ray.tracking.figures import matrix_figures
 from coda_ray.tracking.live import LiveLogger
 from coda_ray.tracking.records import IDENTITY, MEASURES, read_history, read_record, read_records
@@ -25,6 +27,7 @@ from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.store import ENVIRONMENT, RunStore, open_client
 from coda_ray.tracking.sync import sync
 from coda_ray.tracking.table import compile_transfers, job_matrix
+from invented import COMMIT, transfer_record
 from jobs import sync_mlflow
 
 WAIT_S = 120.0  # only reached when something is broken
@@ -107,15 +110,12 @@ def test_a_job_is_a_run_with_a_run_for_every_transfer_and_stage(results, store):
     assert job.info.status == "FINISHED"
     note = job.data.tags["mlflow.note.content"]
     assert "jobs/matrix.py --config configs/demo.yaml" in note
-    assert "lr: 0.0003" in note
     assert "| A → B | 20.5 ± 0.7 | 50.5 ± 0.7 |" in note
     assert len(found["transfer"]) == 10
     records = {record["key"]: record for record in read_records(results, "transfers")}
     for run in found["transfer"]:
-        record = records.pop(run.data.params["key"])
-        identity = {name: str(record[name]) for name in (*IDENTITY, "key")}
-        assert run.data.params == identity
-        assert identity.items() <= run.data.tags.items()
+        record = records.pop(run.data.tags["key"])
+        assert run.data.params == {name: str(record[name]) for name in IDENTITY}
         measured = {name: record[name] for name in MEASURES if record[name] is not None}
         assert {name: run.data.metrics.get(name) for name in measured} == measured
         assert run.data.metrics.keys().isdisjoint(set(MEASURES) - set(measured))
@@ -129,6 +129,80 @@ def test_a_job_is_a_run_with_a_run_for_every_transfer_and_stage(results, store):
     files = {file.path for file in store.client.list_artifacts(job.info.run_id)}
     assert files == {"config.yaml", "matrix.json", "matrix.md", "matrix-accuracy-source.png", "matrix-macro_f1-source.png"}
     assert os.listdir(results.path("mlflow_artifacts"))
+
+
+def described(store):
+    """What runs say of themselves, whoever sent them."""
+    runs = [run for found in runs_by_kind(store).values() for run in found]
+    return {
+        (run.data.tags["kind"], run.data.tags["key"]): (
+            run.info.run_name,
+            run.data.params,
+            {name: value for name, value in run.data.tags.items() if name != "mlflow.parentRunId"},
+            sorted(
+                (have.dataset.name, have.dataset.digest, have.dataset.source, have.tags[0].value)
+                for have in run.inputs.dataset_inputs
+            ),
+        )
+        for run in runs
+    }
+
+
+def test_a_job_says_what_it_is_made_of_and_sync_says_the_same(results, store, tmp_path, empty_database):
+    tracker = Tracker.open(Tracking(), results)
+    do_job(tracker, results)
+    assert tracker.close(WAIT_S) == 0
+    (job,) = runs_by_kind(store)["job"]
+    assert job.data.tags["mlflow.source.git.commit"] == COMMIT
+    assert job.data.tags["mlflow.source.git.dirty"] == "false"
+    assert job.data.tags["mlflow.source.name"] == "jobs/matrix.py"
+    assert job.data.params == {"adapt.lr": "0.0003"}
+    assert job.data.metrics["mean_accuracy/coda"] == pytest.approx(0.505)
+    told = described(store)
+    name, _, tags, data = told["transfer", "ABcoda0"]
+    assert name == "coda A → B, seed 0"
+    assert "--source A --target B --method coda --granularity source --split plate --seed 0" in tags["mlflow.note.content"]
+    address = '{"uri": "s3://tiles/0123456789abcdef/%s"}'
+    assert data == [(n, content_key(n), address % n, role) for n, role in (("A", "source"), ("B", "target"))]
+    assert [(n, role) for n, *_, role in told["job", "jobkey1"][3]] == [("A", "source, target"), ("B", "target"), ("C", "target")]
+    shutil.copy(empty_database, tmp_path / "other.db")
+    other = RunStore(f"sqlite:///{tmp_path}/other.db", "coda_ray", (tmp_path / "files").as_uri())
+    sync(results, other)
+    assert described(other) == told
+    sync(results, other)
+    assert described(other) == told
+
+
+def test_a_record_of_an_earlier_release_is_sent_without_what_it_lacks(results, store):
+    job = read_record(results, "jobs/jobkey1.json")
+    old = {name: value for name, value in job.items() if name not in ("commit", "dirty", "data")}
+    results.write("jobs/jobkey1.json", json.dumps(old).encode())
+    sync(results, store)
+    (run,) = runs_by_kind(store)["job"]
+    assert "mlflow.source.git.commit" not in run.data.tags
+    assert not run.inputs.dataset_inputs
+
+
+def test_the_drivers_machine_is_watched_unless_told_otherwise(results, store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.01")
+    job = read_record(results, "jobs/jobkey1.json")
+    for watched in (False, True):
+        tracker = Tracker.open(Tracking(system_metrics=watched), results)
+        tracker.start_job(job)
+        assert tracker.live(transfer_record("A", "B", "coda", 0)) is not None  # the job's run is made by now
+        run_id = runs_by_kind(store)["job"][0].info.run_id
+        until = time.monotonic() + WAIT_S
+        while watched and not seen(store, run_id) and time.monotonic() < until:
+            pass
+        assert tracker.close(WAIT_S) == 0
+        assert bool(seen(store, run_id)) is watched
+    assert "system/cpu_utilization_percentage" in seen(store, run_id)
+    assert not [thread for thread in threading.enumerate() if thread.name == "SystemMetricsMonitor"]
+
+
+def seen(store, run_id):
+    """Measures of the machine that a run has."""
+    return [name for name in store.client.get_run(run_id).data.metrics if name.startswith("system/")]
 
 
 def check_curve(store, run, history):
@@ -236,7 +310,8 @@ def trial_record(**changes):
 
 
 def test_trials_are_runs_with_values_as_params_below_their_sweep(results, store):
-    job = {"key": "sweep1", "kind": "tune", "name": "sweep of adapt.lr", "command": "python jobs/tune.py", "config": {}}
+    job = {"key": "sweep1", "kind": "tune", "name": "sweep of adapt.lr", "command": "python jobs/tune.py"}
+    job["config"] = Config.model_validate({"tune": {"pairs": [["A", "B"]]}}).model_dump(mode="json")
     job |= {"transfers": [], "stages": [], "whole": False}
     results.write("jobs/sweep1.json", json.dumps(job).encode())
     for record in (trial_record(), trial_record(key="t2", status="failed", score=None, cells=[], curve=[], reason="it fell")):
@@ -262,7 +337,7 @@ def test_a_job_that_is_not_done_stays_open(results, store):
     sync(results, store)
     (job,) = runs_by_kind(store)["job"]
     assert job.info.status == "RUNNING"
-    assert not store.client.list_artifacts(job.info.run_id)
+    assert [file.path for file in store.client.list_artifacts(job.info.run_id)] == ["config.yaml"]
 
 
 def test_a_dead_server_costs_nothing_and_sync_completes_later(

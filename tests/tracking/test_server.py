@@ -1,16 +1,8 @@
 """The same over HTTP, to the server that people run."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-
 import pytest
-import requests
-from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
 
+from browser import mlflow_server
 from coda_ray.config import Tracking
 from coda_ray.tracking.records import read_history, read_record, read_records
 from coda_ray.tracking.runs import Tracker
@@ -20,23 +12,8 @@ from coda_ray.tracking.sync import sync
 
 @pytest.fixture
 def server(tmp_path):
-    """A real `mlflow server` on loopback."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "files")]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    address = f"http://127.0.0.1:{port}"
-    with open(tmp_path / "server.log", "wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
-    try:
-        with requests.Session() as session:
-            session.mount("http://", HTTPAdapter(max_retries=Retry(total=60, backoff_factor=0.5, backoff_max=5)))
-            assert session.get(f"{address}/health", timeout=30).text == "OK"
+    with mlflow_server(tmp_path) as address:
         yield address
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
 
 
 @pytest.mark.slow

@@ -1,0 +1,114 @@
+"""What the results keep of a job, for tables, reports and MLflow."""
+
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from coda_ray.config import Config
+from coda_ray.pipeline import data
+from coda_ray.pipeline.stage import Stage
+
+TRAINING = ("pretrain", "classify", "adapt")
+GIT_WAIT_S = 10
+
+
+def job_record(
+    config: Config,
+    *,
+    key: str,
+    kind: str,
+    name: str,
+    command: str,
+    pairs: Iterable[tuple[str, str]],
+    transfers: Sequence[str],
+    stages: Sequence[Stage],
+) -> dict[str, Any]:
+    """Describe a job, as it is kept in `jobs/<key>.json`.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    key, kind, name
+        What the job is called: `adapt`, `matrix` or `tune`, and a title.
+    command
+        The command line.
+    pairs
+        Source and target of everything that it does.
+    transfers
+        Keys of the transfers that it scores.
+    stages
+        Its stages; those that train are kept.
+
+    Returns
+    -------
+    dict
+        JSON: key, kind, name, command, commit and dirty (where the code is a git checkout), config, data (one entry per source:
+        name, address, fingerprint, tiles, context), transfers, stages.
+    """
+    return {
+        "key": key,
+        "kind": kind,
+        "name": name,
+        "command": command,
+        **code_state(Path(__file__).resolve().parents[2]),
+        "config": config.model_dump(mode="json"),
+        "data": data_used(config, list(pairs)),
+        "transfers": list(transfers),
+        "stages": [stage.path for stage in stages if stage.kind in TRAINING],
+    }
+
+
+def data_used(config: Config, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """List the tiles that a job reads, source by source; addresses hold no keys, for the configuration refuses them.
+
+    Raises
+    ------
+    FileNotFoundError
+        When a source has no finished plate.
+    """
+    roles = {"source": {source for source, _ in pairs}, "target": {target for _, target in pairs}}
+    found = []
+    for name in dict.fromkeys(name for pair in pairs for name in pair):
+        index = data.load_tiles(config, name)
+        found.append(
+            {
+                "name": name,
+                "address": index.folder.address(name),
+                "fingerprint": index.fingerprint,
+                "tiles": len(index),
+                "context": ", ".join(role for role, names in roles.items() if name in names),
+            }
+        )
+    return found
+
+
+def code_state(root: Path) -> dict[str, Any]:
+    """Name the commit that a folder of code is at.
+
+    Parameters
+    ----------
+    root
+        The folder.
+
+    Returns
+    -------
+    dict
+        `commit`, and `dirty`: whether tracked files differ from it. Empty where the folder is no git checkout of its own.
+    """
+    git = shutil.which("git")
+    # A library inside another project's checkout is not that project's commit.
+    if git is None or not (root / ".git").exists():
+        return {}
+
+    def ask(*words: str) -> str:
+        command = [git, "-C", str(root), *words]
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_WAIT_S)  # noqa: S603 (our words)
+        return told.stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):  # no commit yet, or a checkout of somebody else that git refuses
+        return {}

@@ -1,0 +1,127 @@
+"""What a person reads on a run's page in MLflow: its name, what it found, and the command that makes it again."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from coda_ray.config import Config
+from coda_ray.tracking.table import markdown_matrix, matrices
+
+NOTE_LENGTH = 7500  # of the 8000 characters that MLflow keeps
+CONFIG = "config.yaml"
+# Sections that say where things are, or what is shown, and decide no result.
+UNTOLD = ("bucket", "metadata", "tiles", "results", "stream", "train", "tracking", "estimate", "report")
+EXPERIMENT_NOTE = (
+    "Jobs of coda_ray: matrices, single adaptations and sweeps, with their transfers, training stages or trials below them.\n\n"
+    "- all jobs: `tags.kind = 'job'`; sweeps alone: `tags.job = 'tune'`\n"
+    "- transfers of one kind: `params.method = 'coda' and params.scope = 'whole'`\n"
+    "- `oracle_…` reads labels of the target: for research, never to choose by\n"
+)
+
+
+def markdown_matrices(matrix: pd.DataFrame, metrics: Sequence[str]) -> str:
+    """Write every matrix of some metrics in Markdown, one below the other."""
+    return "\n".join(markdown_matrix(part) for metric in metrics for part in matrices(matrix, metric))
+
+
+def config_text(record: Mapping[str, Any]) -> str:
+    """Write a job's resolved configuration as YAML, which the jobs read again by `--config`."""
+    return str(yaml.safe_dump(record["config"], sort_keys=False))
+
+
+def settings_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """List the settings of a job that are not the defaults, by dotted names, so that jobs can be compared by them.
+
+    Parameters
+    ----------
+    record
+        The job's record.
+
+    Returns
+    -------
+    dict
+        Name to value as text; without places, MLflow's own section, and the lists that the description tells of.
+    """
+    chosen = {name: value for name, value in record["config"].items() if name not in UNTOLD}
+    defaults = _flat(Config().model_dump(mode="json"))
+    return {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in _flat(chosen).items()
+        if name not in defaults or value != defaults[name]
+    }
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Name the fields of nested sections by their path."""
+    found: dict[str, Any] = {}
+    for name, value in section.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
+def job_note(record: Mapping[str, Any], matrix: pd.DataFrame | None) -> str:
+    """Describe a job: what it found and the command that makes it again, as long as MLflow keeps it.
+
+    Parameters
+    ----------
+    record
+        The job's record.
+    matrix
+        From `table.job_matrix`; None or empty where there is none.
+    """
+    made = f"Made by the following; its whole configuration is {CONFIG}, among the artifacts.\n\n```\n{record['command']}\n```\n"
+    parts = [] if matrix is None or matrix.empty else [markdown_matrices(matrix, ["accuracy", "macro_f1"])]
+    found = "\n".join([*parts, record.get("summary", "")]).strip()
+    room = NOTE_LENGTH - len(made)
+    cut = f"{found[:room].rpartition(chr(10))[0]}\n\n… the whole matrix is in matrix.md" if len(found) > room else found
+    return f"{cut}\n\n{made}".lstrip()
+
+
+def transfer_name(record: Mapping[str, Any]) -> str:
+    """Name a transfer; what goes without saying (the whole target, all compounds) is left out."""
+    parts = [f"{record['method']} {record['source']} → {record['target']}"]
+    if record["granularity"] != "source":
+        parts.append(f"{record['granularity']} {record['unit']}")
+        parts += ["scored on all"] if record["scope"] == "whole" else []
+    parts += ["compounds held out"] if record["split"] == "compounds" else []
+    return ", ".join([*parts, f"seed {record['seed']}"])
+
+
+def transfer_note(record: Mapping[str, Any], job: Mapping[str, Any]) -> str:
+    """Give the command that makes a transfer of a job alone."""
+    flags = {name: record[name] for name in ("source", "target", "method", "granularity", "split", "seed")}
+    return _again(job, [flags])
+
+
+def trial_name(record: Mapping[str, Any]) -> str:
+    """Name a trial by its values."""
+    shown = {name.rpartition(".")[2]: value for name, value in record["point"].items()}
+    return ", ".join(f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in shown.items())
+
+
+def trial_note(record: Mapping[str, Any], job: Mapping[str, Any]) -> str:
+    """Give the commands that make a trial of a sweep alone, one for each pair and seed."""
+    settings, point = job["config"]["tune"], dict(record["point"])
+    how = {name: point.pop(name, settings[name]) for name in ("method", "granularity")}
+    ends = [(source, target, seed) for source, target in settings["pairs"] for seed in settings["seeds"]]
+    return _again(job, [{"source": source, "target": target, **how, "seed": seed, **point} for source, target, seed in ends])
+
+
+def _again(job: Mapping[str, Any], commands: Sequence[Mapping[str, Any]]) -> str:
+    """Write commands of one adaptation each."""
+    told = "\n".join(f"python jobs/adapt.py --config {CONFIG} \\\n    {shlex.join(_words(flags))}" for flags in commands)
+    return f"Part of *{job['name']}*. With {CONFIG} out of the artifacts of the run above this one:\n\n```\n{told}\n```\n"
+
+
+def _words(flags: Mapping[str, Any]) -> list[str]:
+    """Spell options as the command line reads them."""
+    return [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", _word(value))]
+
+
+def _word(value: Any) -> str:
+    """Spell a value."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

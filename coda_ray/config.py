@@ -763,7 +763,7 @@ class ConfigError(ValueError):
 
 @contextmanager
 def told_in_one_line(prog: str, *more: type[Exception]) -> Iterator[None]:
-    """End the process with one message, instead of a traceback, after an error that a person can mend.
+    """End the process with one message, instead of a traceback, after an error that a person can mend, and after Ctrl-C.
 
     Parameters
     ----------
@@ -775,7 +775,7 @@ def told_in_one_line(prog: str, *more: type[Exception]) -> Iterator[None]:
     Raises
     ------
     SystemExit
-        With code 2 after a ConfigError, else with code 1.
+        With code 2 after a ConfigError, 130 after Ctrl-C, else with code 1.
     """
     expected: tuple[type[Exception], ...] = (ValueError, OSError, *more)
     try:
@@ -784,6 +784,9 @@ def told_in_one_line(prog: str, *more: type[Exception]) -> Iterator[None]:
         # An error inside a Ray task carries the remote traceback in its text; its cause does not.
         print(f"{prog}: {getattr(error, 'cause', None) or error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def parse_job(model: type[C], argv: Sequence[str] | None = None, *, prog: str, description: str) -> C:

@@ -117,6 +117,13 @@ def test_expected_errors_end_in_one_line(error, code, capsys):
     assert capsys.readouterr().err == f"jobs/x.py: {error}\n"
 
 
+def test_ctrl_c_is_told_without_a_traceback(capsys):
+    with pytest.raises(SystemExit) as end, told_in_one_line("jobs/x.py"):
+        raise KeyboardInterrupt
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "jobs/x.py: interrupted\n"
+
+
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError), told_in_one_line("jobs/x.py"):
         _ = 1 / 0

@@ -1,4 +1,4 @@
-"""Jobs as a person runs them: processes, exit codes, a driver that is killed, `ray job submit`."""
+"""Jobs as a person runs them: processes, exit codes, `ray job submit`, drivers and nodes that die, Ctrl-C."""
 
 import io
 import json
@@ -6,16 +6,19 @@ import os
 import re
 import runpy
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import yaml
 
@@ -95,21 +98,22 @@ def test_every_configuration_is_valid_and_prints_itself(name):
     assert yaml.safe_load(done.stdout)["matrix"]["sources"]
 
 
-def study(root: Path, results: str) -> Path:
-    """Write the configuration of a small matrix over two sources; its tiles are shared."""
-    config = small_config(
-        root,
-        results={"address": str(root / results)},
-        pretrain={"steps": 12},
-        tracking={"enabled": True},
-        matrix={
-            "sources": ["a"],
-            "targets": ["b"],
-            "methods": ["supervised", "oda", "coda"],
-            "granularities": ["source"],
-            "seeds": [0],
-        },
-    )
+MATRIX = {"sources": ["a"], "targets": ["b"], "methods": ["supervised", "oda", "coda"], "granularities": ["source"], "seeds": [0]}
+# Three learning rates one after the other, each scored twice on its way.
+SWEEP = {
+    "pairs": [("a", "b")],
+    "space": {"adapt.lr": [1e-3, 3e-4, 1e-4]},
+    "search": "grid",
+    "objective": "mean_entropy",
+    "score_every": 2,
+    "at_once": 1,
+}
+
+
+def study(root: Path, results: str, **sections: object) -> Path:
+    """Write the configuration of a small matrix, or of what else is given, over two sources; its tiles are shared."""
+    sections = sections or {"pretrain": {"steps": 40}, "tracking": {"enabled": True}, "matrix": MATRIX}
+    config = small_config(root, results={"address": str(root / results)}, **sections)
     if not (root / "tiles").exists():
         for source in ("a", "b"):
             write_tiles(config, source, batches=2, plates_per_batch=2)
@@ -139,12 +143,18 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Head:
-    """A cluster of one head node with token authentication."""
+    """A cluster with token authentication: a head that runs no stage, and nodes of one CPU."""
 
     environment: dict[str, str]
     """Of its clients."""
     dashboard: str
     address: str
+    nodes: list[psutil.Popen] = field(default_factory=list)
+
+    @property
+    def driver(self) -> dict[str, str]:
+        """The environment of a job that joins from this machine."""
+        return {**self.environment, "RAY_ADDRESS": self.address}
 
     def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Submit a job and follow it; a head that has just started says for a while that it has no agent yet."""
@@ -155,6 +165,13 @@ class Head:
                 break
             time.sleep(2)
         return done
+
+    def node_of(self, pid: int) -> psutil.Popen | None:
+        """Find the node that a process belongs to, while it lives."""
+        with suppress(psutil.NoSuchProcess):
+            parents = {parent.pid for parent in psutil.Process(pid).parents()}
+            return next((node for node in self.nodes if node.pid in parents), None)
+        return None
 
 
 @pytest.fixture(scope="module")
@@ -167,27 +184,38 @@ def head(tmp_path_factory):
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    port, dashboard, agent = free_port(), free_port(), free_port()
-    # The agent takes jobs in; on its usual port may sit the agent of another Ray of this machine.
-    command = ["ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}"]
-    command += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--dashboard-agent-listen-port={agent}"]
-    command += ["--disable-usage-stats", "--object-store-memory=500000000"]
+    port, dashboard = free_port(), free_port()
     started = Head(environment, f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}")
     said = tmp_path_factory.mktemp("head") / "head.log"
-    node = start_head(command, environment, said)
+    running = []
     try:
+        head = ["--head", "--num-cpus=0", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+        running.append(start_node(head, environment, said))
+        for number in range(2):
+            # The log monitor of the head reads the files of all nodes of a machine.
+            joins = [f"--address={started.address}", "--num-cpus=1", "--include-log-monitor=false"]
+            # No fixed ports: the next node of this machine would want them too.
+            joins += ["--min-worker-port=0", "--max-worker-port=0"]
+            started.nodes.append(start_node(joins, environment, said.with_name(f"node {number}.log")))
+        running += started.nodes
         wait_until_answered(f"{started.dashboard}/api/version", environment["RAY_AUTH_TOKEN"], said)
         yield started
     finally:
-        node.terminate()
-        node.wait()
+        alive = [node for node in reversed(running) if node.poll() is None]
+        for node in alive:
+            node.terminate()
+        for node in alive:
+            node.wait()
 
 
-def start_head(command, environment, said):
-    """Start a head, again where this machine was too busy for Ray's own time limits."""
+def start_node(arguments, environment, said):
+    """Start a node, again where this machine was too busy for Ray's own time limits."""
+    # The agent takes jobs in; on its usual port may sit the agent of another Ray of this machine.
+    command = ["ray", "start", "--block", "--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}"]
+    command += ["--disable-usage-stats", "--object-store-memory=300000000", *arguments]
     for _ in range(LOCAL_STARTS):
         with said.open("w") as log:
-            node = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            node = psutil.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         while node.poll() is None:
             if "Ray runtime started" in said.read_text():
                 return node
@@ -231,12 +259,19 @@ def test_ray_job_submit_runs_adapt_and_matrix_unchanged(submitted):
 
 @pytest.mark.slow
 @pytest.mark.own_ray
-def test_a_cluster_with_a_token_refuses_another(head):
-    refused = subprocess.run(
-        ["ray", "job", "list", "--address", head.dashboard],
-        env={**head.environment, "RAY_AUTH_TOKEN": "0" * 64}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert refused.returncode != 0
+@pytest.mark.parametrize(
+    ("credentials", "told"),
+    [
+        ({"RAY_AUTH_TOKEN": "0" * 64}, "Forbidden: Invalid authentication token"),
+        ({"RAY_AUTH_MODE": "disabled"}, "Unauthorized: Missing authentication token"),
+    ],
+)
+def test_a_cluster_with_a_token_refuses_who_has_another_or_none(head, credentials, told):
+    command = ["ray", "job", "submit", "--address", head.dashboard, "--working-dir", "configs", "--", "python", "--version"]
+    environment = {**head.environment, **credentials}
+    refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert told in refused.stderr
 
 
 @pytest.mark.slow
@@ -244,9 +279,8 @@ def test_a_cluster_with_a_token_refuses_another(head):
 def test_a_driver_that_was_killed_is_started_again_to_the_same_end(head, submitted):
     root, _ = submitted
     command = [sys.executable, "jobs/matrix.py", "--config", str(study(root, "killed"))]
-    environment = {**head.environment, "RAY_ADDRESS": head.address}
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command, cwd=ROOT, env=head.driver, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as driver:
         for line in driver.stdout or ():
             if re.match(r"\[4/\d+\]", line):
@@ -254,9 +288,148 @@ def test_a_driver_that_was_killed_is_started_again_to_the_same_end(head, submitt
                 break
     assert driver.returncode == -signal.SIGKILL
     assert not (root / "killed" / "transfers.parquet").exists()
-    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    again = subprocess.run(command, cwd=ROOT, env=head.driver, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert re.search(r"stages, [1-9]\d* of them finished before", again.stdout)
     pd.testing.assert_frame_equal(transfers_of(root, "killed"), transfers_of(root, "submitted"))
     assert runs_of(root, "killed") == runs_of(root, "submitted")
     assert all(run.endswith("FINISHED") for run in runs_of(root, "killed"))
+
+
+SWEPT = {"adapt": {"steps": 6}, "criteria": {"tiles": 16}, "tune": SWEEP}
+
+
+@pytest.fixture(scope="module")
+def swept(head, tmp_path_factory):
+    """The folder of an undisturbed sweep on a cluster."""
+    root = tmp_path_factory.mktemp("sweep")
+    done = job("tune.py", "--config", str(study(root, "undisturbed", **SWEPT)), env=head.driver)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root
+
+
+class Sweep:
+    """`jobs/tune.py` in a process group of its own, with a mark that whatever it starts has too."""
+
+    def __init__(self, command: list[str], results: Path, log: Path) -> None:
+        self.results, self.log, self.mark = results, log, secrets.token_hex(8)
+        environment = {**os.environ, "CODA_RAY_TEST": self.mark}
+        with log.open("w") as said:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def records(self) -> dict[Path, str]:
+        """Status of every trial that has a record."""
+        return {file: json.loads(file.read_text())["status"] for file in self.results.glob("sweeps/*/*.json")}
+
+    def wait_until(self, **counts: int) -> None:
+        """Wait until so many trials have a status."""
+        while not all(list(self.records().values()).count(status) >= count for status, count in counts.items()):
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+
+    def end(self, how: signal.Signals) -> int:
+        """Send a signal, to all of the group as a terminal does where it is Ctrl-C, and wait for the end."""
+        if how is signal.SIGINT:
+            os.killpg(self.process.pid, how)
+        else:
+            self.process.send_signal(how)
+        return self.process.wait()
+
+    def left(self) -> list[str]:
+        """Command lines of what it started and still runs, half a minute after its end."""
+        for _ in range(300):
+            found = []
+            for process in psutil.process_iter():
+                with suppress(psutil.Error):
+                    if process.environ().get("CODA_RAY_TEST") == self.mark:
+                        found.append(" ".join(process.cmdline()))
+            if not found:
+                break
+            time.sleep(0.1)
+        return found
+
+
+@pytest.mark.slow
+@pytest.mark.own_ray
+def test_a_sweep_that_is_killed_and_then_interrupted_comes_to_the_same_table(head, swept):
+    results = swept / "disturbed"
+    for kind in ("pretrain", "classify"):  # what no trial changes
+        shutil.copytree(swept / "undisturbed" / kind, results / kind)
+    command = [sys.executable, "jobs/tune.py", "--config", str(study(swept, "disturbed", **SWEPT))]
+
+    killed = Sweep(command, results, swept / "killed.log")
+    killed.wait_until(finished=1, running=1)
+    assert killed.end(signal.SIGKILL) == -signal.SIGKILL
+    assert killed.left() == []
+    (first,) = [file for file, status in killed.records().items() if status == "finished"]
+    written = {first: first.stat().st_mtime_ns}
+
+    interrupted = Sweep(command, results, swept / "interrupted.log")
+    interrupted.wait_until(finished=2, running=1)
+    assert interrupted.end(signal.SIGINT) == 130, interrupted.log.read_text()
+    assert interrupted.left() == []
+    said = interrupted.log.read_text()
+    assert "3 trials, 1 of them finished before" in said
+    assert "the same command again continues it" in said
+    assert "Traceback" not in said
+    (file,) = results.glob("report/*/trials.csv")
+    assert list(pd.read_csv(file)["status"]).count("finished") == 2
+    assert set(pd.read_csv(file)["status"]) == {"finished", "interrupted", "unadapted"}
+    written |= {path: path.stat().st_mtime_ns for path, status in interrupted.records().items() if status == "finished"}
+    assert len(written) == 2
+
+    done = job("tune.py", *command[2:], env=head.driver)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 trials, 2 of them finished before" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    (undisturbed,) = (swept / "undisturbed").glob("report/*/trials.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(file), pd.read_csv(undisturbed), check_exact=True)
+    assert set(pd.read_csv(file)["status"]) == {"finished", "unadapted"}
+
+
+def weights_of(root: Path, results: str) -> dict[str, str]:
+    """Hash of the weights of every stage that trained."""
+    found = {}
+    for file in (root / results).glob("*/*/done.json"):
+        facts = json.loads(file.read_text())
+        if "sha256" in facts:
+            found[file.parent.name] = facts["sha256"]
+    return found
+
+
+def broken_off(root: Path, results: str) -> list[str]:
+    """Titles of the stages that have a checkpoint and no end."""
+    folders = {file.parents[2] for file in (root / results).glob("*/*/checkpoints/*/state.json")}
+    return [json.loads((path / "stage.json").read_text())["title"] for path in folders if not (path / "done.json").exists()]
+
+
+@pytest.mark.slow
+@pytest.mark.own_ray
+def test_a_node_that_dies_in_the_middle_changes_nothing(head, submitted):
+    root, _ = submitted
+    command = [sys.executable, "jobs/matrix.py", "--config", str(study(root, "lost"))]
+    # Ray tells lines that differ in their numbers alone once.
+    environment = {**head.driver, "RAY_DEDUP_LOGS": "0"}
+    nodes, lost, said = set(), None, []
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as driver:
+        for line in driver.stdout or ():
+            said.append(line)
+            speaker = re.search(r"\(\w+ pid=(\d+)", line)
+            node = head.node_of(int(speaker[1])) if speaker else None
+            nodes |= {node} if node else set()
+            if node and not lost and any(f"{title}: step" in line for title in broken_off(root, "lost")):
+                lost = node
+                for process in [node, *node.children(recursive=True)]:
+                    process.kill()
+                node.wait()
+    told = "".join(said)
+    assert driver.returncode == 0, told
+    assert lost
+    assert len(nodes) == 2
+    assert "continues at step" in told, told
+    pd.testing.assert_frame_equal(transfers_of(root, "lost"), transfers_of(root, "submitted"))
+    assert weights_of(root, "lost") == weights_of(root, "submitted")

@@ -41,13 +41,12 @@ def main() -> int:
     """Run the job."""
     job = parse_job(ExportJob, prog="jobs/export.py", description=__doc__ or "")
     from coda_ray.config import ConfigError
-    from coda_ray.learn.exported import ModelError
     from coda_ray.pipeline.models import choose, export_of, stored_models
     from coda_ray.storage import open_place
-    from coda_ray.tracking.registry import register
+    from coda_ray.tracking.registry import RegistryError, register
     from coda_ray.training.checkpoints import DamagedFileError
 
-    with told_in_one_line("jobs/export.py", DamagedFileError, ModelError):
+    with told_in_one_line("jobs/export.py", DamagedFileError, RegistryError):
         if not job.out and not job.register_as:
             raise ConfigError("out and register are unset; give --out FOLDER, --register NAME, or both")
         results, chosen = open_place(job.results), set(ExportJob.model_fields) - set(Config.model_fields) - {"out", "register_as"}

@@ -113,6 +113,22 @@ def finish(config: Config, stages: Sequence[object]) -> None:
         folder.write("done.json", json.dumps(facts).encode())
 
 
+def random_export(config: Config, **origin: object) -> dict[str, bytes]:
+    """Weights and description of a small supervised model of two classes, with random weights."""
+    import torch
+
+    from coda_ray.learn.exported import pack
+    from coda_ray.learn.supervised import SupervisedModel
+    from coda_ray.learn.vit import VitSpec, build_vit
+
+    channels = list(config.ingest.channels)
+    spec = VitSpec("vit", image_size=24, channels=len(channels), patch=8, width=16, depth=1, heads=2)
+    torch.manual_seed(0)
+    own = {"method": "supervised", "source": "s", "target": "s", "granularity": "source", "unit": "s", "seed": 0, **origin}
+    facts = {"channels": channels, "classes": ["x", "y"], "preparation": preparation_of(config), "origin": own}
+    return pack(SupervisedModel(build_vit(spec, drop_path=0.0), 2), spec, {**facts, "view": {"tile_crop": 32, "size": 24}})
+
+
 def place(path: Path) -> Place:
     """A folder as a place."""
     return Place(address=str(path))

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import pandas as pd
 from pydantic import ValidationError
 
-from coda_ray.config import Config, ConfigError, Granularity, Method
+from coda_ray.config import REGISTRY, Config, ConfigError, Granularity, Method
 from coda_ray.jump.prepare import preparation_of
 from coda_ray.learn.exported import DESCRIPTION, WEIGHTS, ExportedModel, ModelError, pack, unpack
 from coda_ray.pipeline import networks
@@ -19,7 +19,7 @@ from coda_ray.pipeline.train_stages import CONTINUED_BY, MODEL_ON, load_model, o
 from coda_ray.storage import Folder, open_place
 from coda_ray.tracking.card import CARD, model_card
 from coda_ray.tracking.records import READS_AT_A_TIME, read_records
-from coda_ray.tracking.registry import SCHEME, fetch
+from coda_ray.tracking.registry import fetch
 
 # Scores of a model that its card shows.
 CARD_SCORES = ("accuracy", "macro_f1", "well_accuracy", "well_macro_f1")
@@ -228,8 +228,10 @@ def find_model(config: Config, address: str) -> ExportedModel:
         When there is no model.
     ModelError
         When it is damaged.
+    RegistryError
+        When the registry does not give it.
     """
-    if address.startswith(SCHEME):
+    if address.startswith(REGISTRY):
         files = fetch(config, address)
         return unpack(files[DESCRIPTION], files[WEIGHTS], address)
     folder = open_place(config.results.model_copy(update={"address": address}))

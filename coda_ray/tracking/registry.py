@@ -4,6 +4,7 @@ import logging
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import coda_ray
-from coda_ray.config import Config, ConfigError
+from coda_ray.config import REGISTRY, Config, ConfigError
 from coda_ray.learn.exported import DESCRIPTION, WEIGHTS
 from coda_ray.storage import open_place
 from coda_ray.tracking.outbox import one_line, without_password
@@ -20,10 +21,13 @@ from coda_ray.tracking.store import RunStore
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-SCHEME = "models:/"
 # What a server needs beside the code of `learn/`, which travels with the model; by name, never by address.
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "safetensors", "timm", "torch", "torchvision")
 ALIAS_LENGTH = 255
+
+
+class RegistryError(RuntimeError):
+    """MLflow did not do what was asked for; the text says what and what to do."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Registered:
     @property
     def address(self) -> str:
         """How the version is asked for."""
-        return f"{SCHEME}{self.name}/{self.version}"
+        return f"{REGISTRY}{self.name}/{self.version}"
 
 
 def alias_of(origin: Mapping[str, Any]) -> str:
@@ -81,17 +85,22 @@ def register(config: Config, name: str, files: Mapping[str, bytes], key: str, or
     Raises
     ------
     ConfigError
-        When nothing is sent to MLflow, or it refuses.
+        When nothing is sent to MLflow.
+    RegistryError
+        When it refuses.
     """
     store = _store(config)
     client = store.client
     alias = alias_of(origin)
     try:
         before = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("key") == key]
-        number = str(before[0].version) if before else _log(store, name, files, key, {**origin, "key": key})
+        with warnings.catch_warnings():
+            # MLflow warns of type hints of its own classes, and wants an example of the input.
+            warnings.simplefilter("ignore", UserWarning)
+            number = str(before[0].version) if before else _log(store, name, files, key, {**origin, "key": key})
         client.set_registered_model_alias(name, alias, number)
     except Exception as error:  # MLflow's client, and those of its stores, each raise their own kind
-        raise ConfigError(
+        raise RegistryError(
             f"{without_password(store.address)}: {name!r} was not registered: {type(error).__name__}: {one_line(error)}; "
             "correct MLFLOW_TRACKING_URI or the name, then run this again"
         ) from error
@@ -111,6 +120,8 @@ def fetch(config: Config, address: str) -> dict[str, bytes]:
     Raises
     ------
     ConfigError
+        When nothing is sent to MLflow.
+    RegistryError
         When there is no such model, or it is none of ours.
     """
     import mlflow
@@ -121,13 +132,13 @@ def fetch(config: Config, address: str) -> dict[str, bytes]:
         try:
             mlflow.artifacts.download_artifacts(artifact_uri=address, dst_path=folder)
         except Exception as error:
-            raise ConfigError(
+            raise RegistryError(
                 f"{address}: {without_password(store.address)} does not give it: {type(error).__name__}: {one_line(error)}; "
                 "correct the name, the version or alias, or MLFLOW_TRACKING_URI"
             ) from error
         found = [path.parent for path in Path(folder).rglob(DESCRIPTION) if (path.parent / WEIGHTS).exists()]
         if len(found) != 1:
-            raise ConfigError(f"{address}: holds no exported model of coda_ray; register one with jobs/export.py --register")
+            raise RegistryError(f"{address}: holds no exported model of coda_ray; register one with jobs/export.py --register")
         return {name: (found[0] / name).read_bytes() for name in (DESCRIPTION, WEIGHTS)}
 
 

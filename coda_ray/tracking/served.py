@@ -9,7 +9,6 @@ import torch
 from mlflow.models import ModelSignature, set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from mlflow.types import Schema, TensorSpec
-from numpy.typing import NDArray
 
 from coda_ray.learn.exported import read_model
 
@@ -21,9 +20,8 @@ class ServedModel(PythonModel):
         """Read the exported folder, hashes checked."""
         self.model = read_model(context.artifacts["model"])
 
-    def predict(
-        self, context: PythonModelContext, model_input: NDArray[np.uint8], params: dict[str, Any] | None = None
-    ) -> pd.DataFrame:
+    # MLflow knows the plain class alone, and warns of any other hint.
+    def predict(self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Predict in float32, on the CPU."""
         found = self.model.predict(torch.from_numpy(np.ascontiguousarray(model_input)))
         return pd.DataFrame(found.probabilities.numpy(), columns=self.model.classes)

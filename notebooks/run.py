@@ -7,6 +7,7 @@ import hashlib
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nbformat
 import ray
@@ -49,17 +50,23 @@ def executed(path: Path, folder: Path, **environment: str) -> NotebookNode:
         When a cell raised.
     """
     notebook = nbformat.read(path, as_version=4)
-    own = KernelSpecManager(kernel_dirs=[str(Path(sys.prefix, "share", "jupyter", "kernels"))])
-    client = NotebookClient(
-        notebook,
-        km=AsyncKernelManager(kernel_name="python3", kernel_spec_manager=own, transport="ipc"),
-        resources={"metadata": {"path": str(folder)}},
-        timeout=TIMEOUT_S,
-        record_timing=False,
-        store_widget_state=False,
-        coalesce_streams=True,
-    )
-    client.execute(env={**os.environ, **environment})
+    kernels = KernelSpecManager(kernel_dirs=[str(Path(sys.prefix, "share", "jupyter", "kernels"))])
+    with TemporaryDirectory(prefix="kernel_") as sockets:
+        # Sockets in a folder of one's own, not ports that everybody on this machine can reach.
+        manager = AsyncKernelManager(
+            kernel_name="python3", kernel_spec_manager=kernels, transport="ipc", ip=str(Path(sockets, "kernel"))
+        )
+        client = NotebookClient(
+            notebook,
+            km=manager,
+            resources={"metadata": {"path": str(folder)}},
+            startup_timeout=TIMEOUT_S,
+            timeout=TIMEOUT_S,
+            record_timing=False,
+            store_widget_state=False,
+            coalesce_streams=True,
+        )
+        client.execute(env={**os.environ, **environment})
     notebook.metadata = NotebookNode(METADATA, code=code_hash(notebook))
     return notebook
 

@@ -5,6 +5,7 @@ Their folder `work` is kept: what it holds already is looked up, not trained aga
 
 import hashlib
 import os
+import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +25,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+NODE_LINE = re.compile(r"^.*\(raylet\).*\n", re.MULTILINE)
 TIMEOUT_S = 1800
 
 
@@ -67,8 +69,18 @@ def executed(path: Path, folder: Path, **environment: str) -> NotebookNode:
             coalesce_streams=True,
         )
         client.execute(env={**os.environ, **environment})
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in map(_without_node, cell.outputs) if output.get("text") != ""]
     notebook.metadata = NotebookNode(METADATA, code=code_hash(notebook))
     return notebook
+
+
+def _without_node(output: NotebookNode) -> NotebookNode:
+    """Drop what Ray's node prints about this machine, such as how many processes it started."""
+    if output.output_type == "stream":
+        output.text = NODE_LINE.sub("", output.text)
+    return output
 
 
 def code_hash(notebook: NotebookNode) -> str:

@@ -104,6 +104,15 @@ def _keys_found() -> PydanticCustomError:
 Address = Annotated[str, Field(min_length=1), AfterValidator(_check_address)]
 LocalFolder = Annotated[str, Field(min_length=1), AfterValidator(_check_folder)]
 EndpointUrl = Annotated[str, AfterValidator(_check_endpoint)]
+REGISTRY = "models:/"
+
+
+def _check_model(value: str, info: ValidationInfo) -> str:
+    """Accept an address, or a name in MLflow's registry."""
+    return value if value.startswith(REGISTRY) else _check_address(value, info)
+
+
+ModelAddress = Annotated[str, Field(min_length=1), AfterValidator(_check_model)]
 
 
 class Place(Section):
@@ -595,6 +604,27 @@ class Report(Section):
     """Most tiles of a comparison of layers; drawn by chance where there are more."""
 
 
+class Predict(Section):
+    """What jobs/predict.py predicts, and with which model. No label is read."""
+
+    model: ModelAddress | None = None
+    """An exported folder; the folder of a finished stage in the results (`adapt/...`, `classify/...`); or MLflow's
+    `models:/NAME/VERSION` or `models:/NAME@ALIAS`. An `s3://` address is reached as results are."""
+    sources: list[str] = []
+    """Sources whose plates are predicted; empty means every source of the tile store."""
+    plates: list[str] = []
+    """Only these plates; empty means all."""
+    ingest: bool = False
+    """First prepare the tiles of plates that are not in the tile store, from raw images, as jobs/ingest.py does; sources and
+    plates that are named here choose there too."""
+    out: Address | None = None
+    """Folder or `s3://` address (reached as results are) for the tables, below it a folder per model; unset: predictions in the
+    results."""
+    workers: int = Field(0, ge=0)
+    """Processes that hold the model, each with train.cpus_per_worker and train.gpus_per_worker; 0: as many as the cluster has
+    room for."""
+
+
 class Range(Section):
     """Numbers between two ends."""
 
@@ -718,6 +748,8 @@ class Config(Section):
     """The report of a matrix."""
     tune: Tune = Tune()
     """The sweep of jobs/tune.py."""
+    predict: Predict = Predict()
+    """Predictions of jobs/predict.py."""
 
     @property
     def adapting(self) -> Dino:

@@ -1,5 +1,7 @@
 """A small tile store without images behind it: gratings whose period is the MoA, gain and offset by source and batch."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +77,56 @@ def write_tiles(config: Config, source: str, *, batches: int = 2, plates_per_bat
             index = pd.concat([store.write_shard(path, 0, np.stack(tiles)), pd.DataFrame(rows)], axis=1)
             store.finish_plate(path, index, pd.DataFrame(), {})
     return store
+
+
+def finish(config: Config, stages: Sequence[object]) -> None:
+    """Leave what finished training stages leave, with random weights and no training; each comes after those it needs."""
+    import torch
+
+    from coda_ray.learn.dual import DualModel
+    from coda_ray.pipeline import networks
+    from coda_ray.pipeline.train_stages import extractor_of, objective_of
+    from coda_ray.training.checkpoints import write_tensors
+
+    channels = len(config.ingest.channels)
+    for stage in stages:
+        if stage.kind not in ("pretrain", "classify", "adapt"):  # type: ignore[attr-defined]
+            continue
+        torch.manual_seed(int(stage.key[:8], 16))
+        tent = stage.inputs.get("objective") == "tent"
+        if stage.kind == "classify" or tent:
+            of = stage.needs[0] if tent else stage
+            model = networks.classifier_model(config, channels=channels, classes=len(of.inputs["classes"]), dual=bool(of.needs))
+            if isinstance(model, DualModel):
+                model.replace_extractor(extractor_of(config, of.needs[0]))
+            state = {f"model.{name}": value for name, value in model.state_dict().items()}
+        elif objective_of(stage) == "mae":
+            state = networks.mae_objective(config, channels=channels, seed=0).state_dict()
+        else:
+            state = networks.dino_objective(config, channels=channels, steps=4, steps_per_epoch=2, seed=0).state_dict()
+            # A student and its teacher begin alike.
+            state |= {name: value + 1 for name, value in state.items() if name.startswith("student.")}
+        folder = open_place(config.results).child(stage.path)
+        note = {"stage": stage.kind, "key": stage.key, "title": stage.title, "inputs": dict(stage.inputs)}
+        folder.write("stage.json", json.dumps(note | {"needs": [need.path for need in stage.needs]}).encode())
+        facts = {"sha256": write_tensors(folder, "model.safetensors", state), "steps": 4, "seconds": 1.0}
+        folder.write("done.json", json.dumps(facts).encode())
+
+
+def random_export(config: Config, **origin: object) -> dict[str, bytes]:
+    """Weights and description of a small supervised model of two classes, with random weights."""
+    import torch
+
+    from coda_ray.learn.exported import pack
+    from coda_ray.learn.supervised import SupervisedModel
+    from coda_ray.learn.vit import VitSpec, build_vit
+
+    channels = list(config.ingest.channels)
+    spec = VitSpec("vit", image_size=24, channels=len(channels), patch=8, width=16, depth=1, heads=2)
+    torch.manual_seed(0)
+    own = {"method": "supervised", "source": "s", "target": "s", "granularity": "source", "unit": "s", "seed": 0, **origin}
+    facts = {"channels": channels, "classes": ["x", "y"], "preparation": preparation_of(config), "origin": own}
+    return pack(SupervisedModel(build_vit(spec, drop_path=0.0), 2), spec, {**facts, "view": {"tile_crop": 32, "size": 24}})
 
 
 def place(path: Path) -> Place:

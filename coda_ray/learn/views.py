@@ -279,8 +279,13 @@ def evaluation_view(tiles: Tensor, size: int) -> Tensor:
     ValueError
         When a tile is smaller than `size`.
     """
-    top, left = _centre(_shape(tiles), size, "views.size_global")
-    return _finish(tiles[:, :, top : top + size, left : left + size], None)
+    return _finish(centre_crop(tiles, size, "views.size_global"), None)
+
+
+def centre_crop(tiles: Tensor, side: int, field: str) -> Tensor:
+    """Cut the centre (B, C, side, side) of tiles (B, C, H, W) uint8; `field` names the side where they are too small."""
+    top, left = _centre(_shape(tiles), side, field)
+    return tiles[:, :, top : top + side, left : left + side]
 
 
 def _group(

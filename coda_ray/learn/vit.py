@@ -56,6 +56,44 @@ class VitSpec:
             raise ValueError(f"model 'vit' needs {', '.join(missing)}")
 
 
+# The name under which timm makes a transformer of free sizes: every size of it is given.
+FREE_SIZES = "vit_tiny_patch16_224"
+_TIMM_SIZES = {
+    "img_size": "image_size",
+    "in_chans": "channels",
+    "patch_size": "patch",
+    "embed_dim": "width",
+    "depth": "depth",
+    "num_heads": "heads",
+}
+
+
+def timm_arguments(spec: VitSpec) -> dict[str, Any]:
+    """Give the arguments by which plain `timm.create_model` builds the network of `build_vit`; JSON."""
+    sizes = {theirs: getattr(spec, own) for theirs, own in _TIMM_SIZES.items() if getattr(spec, own) is not None}
+    return {
+        "model_name": FREE_SIZES if spec.name == "vit" else spec.name,
+        **sizes,
+        "num_classes": 0,
+        "dynamic_img_size": True,
+    }
+
+
+def spec_of(arguments: Mapping[str, Any]) -> VitSpec:
+    """Read `timm_arguments` back.
+
+    Raises
+    ------
+    ValueError
+        When they are anything else: timm takes arguments that fetch files, and these come from one.
+    """
+    name = "vit" if "embed_dim" in arguments else str(arguments.get("model_name"))
+    spec = VitSpec(name, **{own: arguments.get(theirs) for theirs, own in _TIMM_SIZES.items()})  # type: ignore[arg-type]
+    if timm_arguments(spec) != dict(arguments) or not timm.is_model(arguments["model_name"]):
+        raise ValueError(f"timm arguments {dict(arguments)} are not those of a plain vision transformer that timm has")
+    return spec
+
+
 class CpuFriendlyAttention(Attention):
     """timm's attention, but in float32 where a CPU computes the rest in bfloat16.
 

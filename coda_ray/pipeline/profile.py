@@ -5,7 +5,7 @@ Of an index without the label column it measures what needs no label.
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -94,21 +94,23 @@ def profile_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def well_profiles(images: pd.DataFrame) -> pd.DataFrame:
+def well_profiles(images: pd.DataFrame, measures: Sequence[str] | None = None) -> pd.DataFrame:
     """Average the embeddings of each well's images.
 
     Parameters
     ----------
     images
         One row per image: Metadata_ columns, `feature_0000`, ... .
+    measures
+        Columns that are averaged; None takes the features.
 
     Returns
     -------
     DataFrame
         One row per well, sorted by batch, plate and well: the Metadata_ columns but the site, `Metadata_Image_Count`, and the
-        features, float32.
+        measures, float32.
     """
-    features = list(images.filter(like=FEATURE))
+    features = list(images.filter(like=FEATURE)) if measures is None else list(measures)
     metadata = list(images.filter(like="Metadata_").drop(columns="Metadata_Site"))
     groups = images.groupby(WELL_ID, sort=True)
     wells = groups[metadata].first().reset_index(drop=True)

@@ -72,13 +72,13 @@ def minibatches(
     if high == low:
         raise ValueError(f"minibatch = {minibatch} is smaller than the {world} workers; raise it or take fewer workers")
     reference = ray.put(replace(source, cache=settings.cache))
-    health = _Health(settings.max_bad_share, source.replace)
+    health = Health(settings.max_bad_share, source.replace)
     for begin in range(start_step, steps, settings.segment_steps):
         numbers = np.arange(begin, min(begin + settings.segment_steps, steps), dtype=np.int64)[:, None] * minibatch
         samples = (numbers + np.arange(low, high, dtype=np.int64)[None, :]).ravel()
         if last is not None:
             samples = samples[samples < last]
-        dataset = _dataset(reference, samples, settings)
+        dataset = sample_dataset(reference, samples, settings)
         batches = dataset.iter_batches(batch_size=high - low, batch_format="numpy", prefetch_batches=settings.prefetch)
         for columns in cast(Iterator[dict[str, NDArray[Any]]], batches):
             health.count(columns)
@@ -112,8 +112,23 @@ def on_device(stream: Iterator[dict[str, torch.Tensor]], device: torch.device) -
     yield from ahead
 
 
-def _dataset(source: "ray.ObjectRef[TileSource]", samples: Rows, settings: Stream) -> ray.data.Dataset:
-    """Plan of sample numbers -> read tasks; the order is kept."""
+def sample_dataset(source: "ray.ObjectRef[TileSource]", samples: Rows, settings: Stream) -> ray.data.Dataset:
+    """Plan the reading of samples: numbers -> read tasks; the order is kept.
+
+    Parameters
+    ----------
+    source
+        What to read.
+    samples
+        (M,) sample numbers.
+    settings
+        Sizes of tasks, and how many run at a time.
+
+    Returns
+    -------
+    Dataset
+        Columns as `TileSource.read` gives them.
+    """
     tasks = max(1, -(-len(samples) // settings.rows_per_task))
     # from_items makes its blocks here; from_numpy and from_arrow run tasks that reserve a CPU.
     dataset: ray.data.Dataset = ray.data.from_items(samples.tolist(), override_num_blocks=tasks)
@@ -131,7 +146,7 @@ def _dataset(source: "ray.ObjectRef[TileSource]", samples: Rows, settings: Strea
     )
 
 
-class _Health:
+class Health:
     """Counts the tiles that failed, reports the first of each reason, and stops a run that reads mostly damage."""
 
     def __init__(self, max_share: float, replace: bool) -> None:

@@ -94,7 +94,7 @@ def _panel(
     mesh = panel.pcolormesh(np.ma.masked_invalid(means), norm=scale, cmap=COLOURS, edgecolors="white", linewidth=1.5)
     for (y, x), mean in np.ndenumerate(means):
         text = cell_text(*cells.get((sources[y], targets[x]), none)).replace(" ± ", "\n± ")
-        dark = math.isfinite(mean) and _luminance(mesh.to_rgba(mean)) < 0.5
+        dark = math.isfinite(mean) and luminance(mesh.to_rgba(mean)) < 0.5
         panel.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
     panel.set_xticks(np.arange(len(targets)) + 0.5, targets, fontsize=9)
     panel.set_yticks(np.arange(len(sources)) + 0.5, sources, fontsize=9)
@@ -102,7 +102,7 @@ def _panel(
     panel.tick_params(length=0)
 
 
-def _luminance(colour: object) -> float:
+def luminance(colour: object) -> float:
     """Perceived lightness of a colour in [0, 1] (ITU-R BT.601 weights)."""
     red, green, blue = np.asarray(colour, dtype=float)[:3]
     return float(0.299 * red + 0.587 * green + 0.114 * blue)

@@ -130,6 +130,11 @@ class RunStore:
                 self._experiment_id = self._find_experiment(self._client)
         return cast("MlflowClient", self._client)
 
+    @property
+    def experiment_id(self) -> str:
+        """Id of the experiment."""
+        return self._experiment_id if self.client else ""
+
     def job(self, record: Mapping[str, Any]) -> str:
         """Find or make the parent run of a job and describe it.
 

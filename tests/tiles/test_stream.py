@@ -11,7 +11,7 @@ from coda_ray.tiles import reader
 from coda_ray.tiles.plan import Partners, SamplePlan
 from coda_ray.tiles.reader import TileSource
 from coda_ray.tiles.store import COMPOUND, LABEL, read_tiles
-from coda_ray.tiles.stream import UnreadableTilesError, _Health, minibatches
+from coda_ray.tiles.stream import Health, UnreadableTilesError, minibatches
 from synthetic import SIDE, small_config, write_tiles
 
 SETTINGS = Stream(rows_per_task=7, segment_steps=3)
@@ -174,7 +174,7 @@ def columns_of(n, bad=(), *, lost=(), reasons=(), partner=False):
 
 
 def test_one_damaged_tile_alone_in_the_last_minibatch_stops_no_evaluation():
-    health = _Health(0.01, replace=False)
+    health = Health(0.01, replace=False)
     health.count(columns_of(256))
     health.count(columns_of(1, [0], lost=[0]))
     assert (health.bad, health.read) == (1, 257)
@@ -182,13 +182,13 @@ def test_one_damaged_tile_alone_in_the_last_minibatch_stops_no_evaluation():
 
 @pytest.mark.parametrize("partner", [False, True])
 def test_a_sample_without_a_readable_replacement_stops_training(partner):
-    health = _Health(0.5, replace=True)
+    health = Health(0.5, replace=True)
     health.count(columns_of(256, [7], partner=partner))
     with pytest.raises(UnreadableTilesError, match="sample 3 and its 8 replacements could not be read"):
         health.count(columns_of(256, [3], lost=[3], partner=partner))
 
 
 def test_the_message_gives_the_most_frequent_reason():
-    health = _Health(0.02, replace=False)
+    health = Health(0.02, replace=False)
     with pytest.raises(UnreadableTilesError, match=r"3 of 100 .*above stream.max_bad_share = 0.02; .* reason: often; mend"):
         health.count(columns_of(100, [1, 2, 3], reasons=["often", "often", "once"]))

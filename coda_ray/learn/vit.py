@@ -1,5 +1,6 @@
 """The vision transformer of every role (feature extractor, classifier, supervised model), built by timm."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,6 +195,38 @@ def layer_tokens(vit: VisionTransformer, images: Tensor) -> list[Tensor]:
     """
     blocks = vit.forward_intermediates(images, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True)
     return [torch.cat([cls, patches], 1) for patches, cls in cast(list[tuple[Tensor, Tensor]], blocks)]
+
+
+def cls_attention(vit: VisionTransformer, images: Tensor) -> Tensor:
+    """Read where the CLS token looks in the last block, as DINO shows it (Caron et al., ICCV 2021, figure 1).
+
+    Parameters
+    ----------
+    vit
+        The transformer.
+    images
+        (B, C, S, S) float, S a multiple of the patch.
+
+    Returns
+    -------
+    Tensor
+        (B, heads, S / patch, S / patch) float32: the softmax weights of the patches, which sum to 1 less the weight that the CLS
+        token gives itself.
+    """
+    attention = cast(Attention, vit.blocks[-1].attn)
+    seen: list[Tensor] = []
+    hook = attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        tokens(vit, images)
+    finally:
+        hook.remove()
+    samples, length, _ = seen[0].shape
+    qkv = attention.qkv(seen[0]).view(samples, length, 3, attention.num_heads, attention.head_dim)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4).float()
+    likeness = attention.q_norm(q[:, :, :1]) @ attention.k_norm(k).transpose(-2, -1)
+    weights: Tensor = (likeness * attention.scale).softmax(-1)
+    side = math.isqrt(length - 1)
+    return weights[:, :, 0, 1:].reshape(samples, attention.num_heads, side, side)
 
 
 def initialise(vit: VisionTransformer, init: str) -> None:

@@ -227,7 +227,13 @@ def _search(config: Config, results: Folder, key: str, tracker: Tracker, say: Sa
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                name=key, storage_path=scratch, callbacks=[progress], verbose=0, failure_config=tune.FailureConfig(max_failures=0)
+                name=key,
+                storage_path=scratch,
+                callbacks=[progress],
+                verbose=0,
+                # In a notebook Tune would leave an empty table of its own.
+                progress_reporter=tune.CLIReporter(),
+                failure_config=tune.FailureConfig(max_failures=0),
             ),
         )
         tuner.fit()

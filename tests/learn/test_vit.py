@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import DropPath
 
-from coda_ray.learn.vit import VitSpec, build_vit, initialise, layer_tokens, load_exactly, tokens
+from coda_ray.learn.vit import VitSpec, build_vit, cls_attention, initialise, layer_tokens, load_exactly, tokens
 
 SMALL = VitSpec(name="vit", image_size=32, channels=3, patch=8, width=24, depth=3, heads=2)
 DEIT_S = VitSpec(name="deit_small_patch16_224", image_size=None, channels=3)
@@ -180,3 +180,23 @@ def test_layer_tokens_are_what_each_block_puts_out() -> None:
         torch.testing.assert_close(mine, theirs)
     torch.testing.assert_close(vit.norm(found[-1]), final)
     assert [block.shape for block in layer_tokens(vit, torch.randn(2, 3, 16, 16))] == [(2, 5, 24)] * 3
+
+
+def test_cls_attention_is_what_the_last_block_weighs_its_values_by() -> None:
+    vit = build_vit(SMALL, drop_path=0.0).eval()
+    images, seen = torch.randn(2, 3, 32, 32), []
+    attention = vit.blocks[-1].attn
+    hook = attention.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    tokens(vit, images)
+    hook.remove()
+    x, mixed = seen[0]
+    weights = cls_attention(vit, images)
+    assert weights.shape == (2, 2, 4, 4)
+    assert not attention._forward_pre_hooks
+    patches = weights.flatten(2)
+    # Head by head: what the patches and the CLS token itself put in, projected, is what the block put out.
+    whole = torch.cat([1 - patches.sum(-1, keepdim=True), patches], -1)
+    values = attention.qkv(x)[..., 48:].view(2, 17, 2, 12)
+    expected = attention.proj(torch.einsum("bhn,bnhd->bhd", whole, values).flatten(1))
+    torch.testing.assert_close(expected, mixed[:, 0], atol=1e-5, rtol=1e-4)
+    assert cls_attention(vit, torch.randn(1, 3, 16, 16)).shape == (1, 2, 2, 2)

@@ -623,8 +623,8 @@ class Predict(Section):
     """Folder or `s3://` address (reached as results are) for the tables, below it a folder per model; unset: predictions in the
     results."""
     workers: int = Field(0, ge=0)
-    """Processes that hold the model, each with train.cpus_per_worker and train.gpus_per_worker; 0: as many as the cluster has
-    room for."""
+    """Most processes that hold the model, each with train.cpus_per_worker and train.gpus_per_worker; 0: as many as the cluster
+    has room for."""
 
 
 class Range(Section):

@@ -132,14 +132,16 @@ class Export:
 
 
 def stored_models(results: Folder) -> list[StoredModel]:
-    """List the models of a results folder: every finished labelled stage, as it is and under each adaptation that fits it."""
-    classifiers, adaptations = _finished(results, "classify"), _finished(results, "adapt")
+    """List the models of a results folder: the finished labelled stages of its jobs, as they are and under the adaptations.
+
+    Trials of a sweep are no job's; the winner is, once it was run.
+    """
+    of_jobs = {path for job in read_records(results, "jobs") for path in job["stages"]}
+    classifiers, adaptations = (
+        [stage for stage in _finished(results, kind) if stage.path in of_jobs] for kind in ("classify", "adapt")
+    )
     models = [StoredModel(classifier, None) for classifier in classifiers]
-    for adapted in adaptations:
-        # The state in the middle of an adaptation is not the end of one.
-        if "until" not in adapted.inputs:
-            models += [StoredModel(classifier, adapted) for classifier in _under(adapted, classifiers)]
-    return models
+    return models + [StoredModel(classifier, adapted) for adapted in adaptations for classifier in _under(adapted, classifiers)]
 
 
 def choose(models: Sequence[StoredModel], results: Folder, **wanted: Any) -> StoredModel:

@@ -71,7 +71,7 @@ class Predictions:
     tiles, unreadable
         Tiles of the plates predicted now, and those among them that could not be read.
     workers
-        Processes that held the model.
+        Processes that held the model, at most.
     seconds
         Duration.
     """
@@ -168,10 +168,12 @@ def predict(config: Config, model: ExportedModel, tiles: TileIndex, progress: Ca
     with ThreadPoolExecutor(READS_AT_A_TIME) as pool:
         done = pool.map(lambda index: _is_done(out, index, model), wanted)
         todo = [index for index, known in zip(wanted, done, strict=True) if not known]
-    workers = config.predict.workers or room(config.train.model_copy(update={"workers": "1"}))
+    tiles_to_do = sum(map(len, todo))
+    most = config.predict.workers or room(config.train.model_copy(update={"workers": "1"}))
+    workers = max(1, min(most, -(-tiles_to_do // config.evaluate.minibatch)))
     unreadable = _run(config, model, todo, workers, out, progress) if todo else 0
     seconds = time.monotonic() - begun
-    return Predictions(out.address(), len(todo), len(wanted) - len(todo), sum(map(len, todo)), unreadable, workers, seconds)
+    return Predictions(out.address(), len(todo), len(wanted) - len(todo), tiles_to_do, unreadable, workers, seconds)
 
 
 def ingest_missing(config: Config, model: ExportedModel, progress: Callable[[int, int], None]) -> str:
@@ -318,13 +320,12 @@ class _Predictor:
 
     def __call__(self, batch: Columns) -> Columns:
         """Predict a mini-batch; rows that could not be read are NaN."""
-        readable = batch["readable"]
-        found = self.model.predict(torch.from_numpy(batch["tile"][readable]).to(self.device), self.precision)
+        # A tile that could not be read is black.
+        found = self.model.predict(torch.from_numpy(batch["tile"].copy()).to(self.device), self.precision)
         kept = {name: batch[name] for name in ("sample", "row", "readable", "replaced", "reason")}
         for name in ("probabilities", "embedding"):
-            values = getattr(found, name).cpu().numpy()
-            kept[name] = np.full((len(readable), values.shape[1]), np.nan, np.float32)
-            kept[name][readable] = values
+            kept[name] = getattr(found, name).cpu().numpy()
+            kept[name][~batch["readable"]] = np.nan
         return kept
 
 
@@ -384,7 +385,7 @@ def _stream(config: Config, model: ExportedModel, index: TileIndex, workers: int
             fn_constructor_kwargs={"model": [held], "train": train},
             batch_size=minibatch,
             batch_format="numpy",
-            compute=ActorPoolStrategy(size=workers),
+            compute=ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
             num_cpus=train.cpus_per_worker,
             num_gpus=train.gpus_per_worker or None,
         )

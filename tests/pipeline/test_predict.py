@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import ray
 
 from coda_ray.config import Config, ConfigError
 from coda_ray.learn.exported import DESCRIPTION, WEIGHTS, ModelError, unpack
 from coda_ray.pipeline import data
 from coda_ray.pipeline.evaluate import TILE_ID, embeddings_of, evaluate, predictions_of
 from coda_ray.pipeline.models import export_of, find_model, stored_models
-from coda_ray.pipeline.predict import PLATE_ID, predict, tiles_of, well_table
+from coda_ray.pipeline.predict import PLATE_ID, _is_done, _Predictor, plates_of, predict, tiles_of, well_table
 from coda_ray.pipeline.transfer import Request, plan, stages_of
 from coda_ray.storage import open_place
-from coda_ray.tiles.store import COMPOUND, LABEL
+from coda_ray.tiles.store import COMPOUND, LABEL, TileIndex
 from coda_ray.tiles.stream import UnreadableTilesError
 from synthetic import finish, place, random_export, small_config, write_tiles
 
@@ -32,11 +33,16 @@ def changed(config, **fields):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Tiles, the stages of CODA with random weights, and its exported model."""
+    """Tiles (one of c is broken), the stages of CODA with random weights, and its exported model."""
     root = tmp_path_factory.mktemp("predict")
     config = small_config(root, stream={"rows_per_task": 16, "tasks": 1, "max_bad_share": 0.01})
     for source in ("a", "b"):
         write_tiles(config, source, batches=2, plates_per_batch=2)
+    write_tiles(config, "c", batches=1, plates_per_batch=1)
+    (shard,) = (root / "tiles").rglob("cb0p0/shard-00000.npy")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(bytes(content))
     request = Request("a", "b", "coda", "source", 0)
     transfer = plan(config, request)[-1]
     stages = stages_of([transfer])
@@ -46,7 +52,7 @@ def world(tmp_path_factory):
     results.write("jobs/job.json", json.dumps(job).encode())
     (stored,) = [model for model in stored_models(results) if model.adapted]
     export_of(config, stored).write(open_place(place(root / "model")))
-    return changed(config, model=str(root / "model"), sources=["b"]), stored
+    return changed(config, model=str(root / "model"), sources=["b", "c"]), stored
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,7 @@ def run(config, model, progress):
 
 @pytest.fixture(scope="module")
 def predicted(ray_cluster, world, model):
-    """All plates of b; what was told while they came."""
+    """All plates of b and c; what was told while they came."""
     told = []
     return run(world[0], model, lambda done, total: told.append((done, total))), told
 
@@ -73,14 +79,15 @@ def tables(folder, name):
 def test_it_says_what_the_evaluation_says(world, model, predicted):
     config, stored = world
     done, told = predicted
-    assert (done.plates, done.before, done.tiles, done.unreadable) == (4, 0, 56, 0)
-    assert told[-1] == (56, 56)
-    assert "4 plates, 56 tiles" in done.text
+    assert (done.plates, done.before, done.tiles, done.unreadable) == (5, 0, 70, 1)
+    assert told[-1] == (70, 70)
+    assert "5 plates, 70 tiles" in done.text
     assert "tiles/s, 1 worker(s)" in done.text
     assert done.folder == f"{config.results.address}/predictions/{model.key}"
     stage = evaluate(config, data.load_tiles(config, "b"), "b", stored.classifier, stored.adapted)
     stage.run(config, None)
     images = pd.concat(tables(done.folder, "images").values(), ignore_index=True).set_index(TILE_ID)
+    images = images.loc[["b"]]
     for expected in (predictions_of(config, stage), embeddings_of(config, stage)):
         expected = expected.set_index(TILE_ID)
         columns = list(expected.filter(regex="^probability_|^feature_"))
@@ -112,6 +119,7 @@ def test_a_well_is_the_mean_of_its_images(predicted):
     for path, wells in tables(predicted[0].folder, "wells").items():
         images = tables(predicted[0].folder, "images")[path]
         assert len(wells) == 7
+        assert wells["Metadata_Image_Count"].tolist() == images.groupby("Metadata_Well").size().tolist()
         for _, well in wells.iterrows():
             own = images[images["Metadata_Well"] == well["Metadata_Well"]]
             mean = own.filter(like="probability_").to_numpy(np.float64).mean(0)
@@ -122,7 +130,6 @@ def test_a_well_is_the_mean_of_its_images(predicted):
             assert [well[f"predicted{place}"] for place in ("", "_2", "_3")] == [f"moa {i}" for i in np.argsort(-mean)]
             assert well["confidence"] == pytest.approx(mean.max(), rel=1e-5)
             assert well["image_agreement"] == (own["predicted"] == well["predicted"]).mean()
-            assert well["Metadata_Image_Count"] == 2
 
 
 def test_replicates_agree_among_the_other_wells_of_the_compound():
@@ -141,39 +148,58 @@ def test_replicates_agree_among_the_other_wells_of_the_compound():
     assert len(well_table(images.iloc[:0])) == 0
 
 
-def test_it_goes_on_where_it_stopped_and_any_number_of_workers_says_the_same(world, model, predicted, tmp_path):
-    config = changed(world[0], sources=["b"], workers=2, out=str(tmp_path))
-    before = tables(predicted[0].folder, "images")
-    done = run(changed(config, plates=["bb1p1"], out=str(tmp_path)), model, lambda *_: None)
-    assert (done.plates, done.before, done.tiles, done.folder) == (1, 0, 14, str(tmp_path / model.key))
+def test_it_goes_on_where_it_stopped_and_two_workers_say_the_same(world, model, predicted):
+    config, folder = changed(world[0], sources=["b", "c"], workers=2), Path(predicted[0].folder)
+    before = tables(folder, "images")
+    for plate in ("b0/bb0p0", "b1/bb1p1"):
+        (folder / "b" / plate / "plate.json").unlink()
+        (folder / "b" / plate / "images.parquet").write_bytes(b"cut short")
     done = run(config, model, lambda *_: None)
-    assert (done.plates, done.before, done.tiles, done.workers) == (3, 1, 42, 2)
-    for path, table in tables(done.folder, "images").items():
+    assert (done.plates, done.before, done.tiles, done.workers) == (2, 3, 28, 2)
+    after = tables(folder, "images")
+    assert before.keys() == after.keys()
+    for path, table in after.items():
         pd.testing.assert_frame_equal(table, before[path], rtol=1e-5, atol=1e-6)
-    assert "nothing to do; 4 plates were there before" in run(config, model, lambda *_: None).text
+    assert run(config, model, lambda *_: None).text == f"nothing to do; 5 plates were there before: {folder}"
 
 
-def test_broken_tiles_are_listed_and_many_stop(ray_cluster, tmp_path, model, world):
-    root = tmp_path
-    config = small_config(root)
-    write_tiles(config, "b", batches=1, plates_per_batch=1)
-    (shard,) = (root / "tiles").rglob("shard-00000.npy")
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(bytes(content))
-    done = run(changed(config), model, lambda *_: None)
-    assert (done.tiles, done.unreadable) == (14, 1)
+def test_tiles_that_changed_are_predicted_anew(world, model, predicted):
+    index = plates_of(tiles_of(changed(world[0], sources=["b"]), model))[0]
+    out = open_place(place(Path(predicted[0].folder)))
+    assert _is_done(out, index, model)
+    assert not _is_done(out, TileIndex(index.frame.assign(crc32=0), index.folder, index.channels), model)
+
+
+def test_broken_tiles_are_listed(predicted):
+    done, _ = predicted
     assert "1 tiles could not be read; they are in unreadable.parquet" in done.text
-    (lost,) = tables(done.folder, "unreadable").values()
-    assert lost[["Metadata_Well", "Metadata_Site"]].to_numpy().tolist() == [["A06", "1"]]
-    assert "damaged tile" in lost["reason"].item()
-    (images,) = tables(done.folder, "images").values()
+    lost = {path: table for path, table in tables(done.folder, "unreadable").items() if len(table)}
+    assert list(lost) == ["c/b0/cb0p0"]
+    assert lost["c/b0/cb0p0"][["Metadata_Well", "Metadata_Site"]].to_numpy().tolist() == [["A06", "1"]]
+    assert "damaged tile" in lost["c/b0/cb0p0"]["reason"].item()
+    images = tables(done.folder, "images")["c/b0/cb0p0"]
     assert len(images) == 13
-    assert images.notna()["confidence"].all()
-    shard.write_bytes(bytes(content[:-5000]))
+    assert images["confidence"].notna().all()
+
+
+def test_a_minibatch_without_a_readable_tile_is_not_a_number(ray_cluster, world, model):
+    predictor = _Predictor([ray.put(model)], world[0].train)
+    nothing = {name: np.zeros(2, bool) for name in ("sample", "row", "readable", "replaced", "reason")}
+    found = predictor({**nothing, "tile": np.zeros((2, 2, 32, 32), np.uint8)})
+    assert np.isnan(found["probabilities"]).all()
+    assert np.isnan(found["embedding"]).all()
+
+
+@pytest.mark.slow
+def test_many_broken_tiles_stop_and_leave_no_plate(ray_cluster, tmp_path, model):
+    config = small_config(tmp_path)
+    write_tiles(config, "b", batches=1, plates_per_batch=1)
+    (shard,) = (tmp_path / "tiles").rglob("shard-00000.npy")
+    shard.write_bytes(shard.read_bytes()[:-5000])
     with pytest.raises(UnreadableTilesError, match=r"mend the tile store"):
-        run(changed(config, out=str(tmp_path / "other")), model, lambda *_: None)
-    assert not list((tmp_path / "other").rglob("plate.json"))
+        run(changed(config), model, lambda *_: None)
+    assert not list(tmp_path.rglob("plate.json.*"))
+    assert not list(Path(config.results.address).rglob("plate.json"))
 
 
 def test_what_cannot_be_predicted_is_refused_before_ray(world, model):
@@ -185,8 +211,8 @@ def test_what_cannot_be_predicted_is_refused_before_ray(world, model):
         tiles_of(config.model_copy(update={"ingest": config.ingest.model_copy(update={"channels": ["ER", "DNA"]})}), model)
     with pytest.raises(ConfigError, match=r"predict.plates = 'x': b has no such finished plate"):
         tiles_of(changed(config, sources=["b"], plates=["x"]), model)
-    with pytest.raises(FileNotFoundError, match=r"no finished plate of 'c' prepared with these settings"):
-        tiles_of(changed(config, sources=["c"]), model)
+    with pytest.raises(FileNotFoundError, match=r"no finished plate of 'd' prepared with these settings"):
+        tiles_of(changed(config, sources=["d"]), model)
     nowhere = config.model_copy(update={"tiles": place(Path(config.tiles.address) / "nowhere")})
     with pytest.raises(FileNotFoundError, match=r"run jobs/ingest.py, or give --predict.ingest true"):
         tiles_of(changed(nowhere), model)

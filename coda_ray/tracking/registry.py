@@ -1,6 +1,5 @@
 """MLflow's model registry: exported folders under a name, with versions and aliases."""
 
-import logging
 import re
 import shutil
 import tempfile
@@ -90,9 +89,9 @@ def register(config: Config, name: str, files: Mapping[str, bytes], key: str, or
         When it refuses.
     """
     store = _store(config)
-    client = store.client
     alias = alias_of(origin)
     try:
+        client = store.client
         before = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("key") == key]
         with warnings.catch_warnings():
             # MLflow warns of type hints of its own classes, and wants an example of the input.
@@ -124,12 +123,12 @@ def fetch(config: Config, address: str) -> dict[str, bytes]:
     RegistryError
         When there is no such model, or it is none of ours.
     """
-    import mlflow
-
     store = _store(config)
-    _client(store)
     with tempfile.TemporaryDirectory() as folder:
         try:
+            _client(store)
+            import mlflow
+
             mlflow.artifacts.download_artifacts(artifact_uri=address, dst_path=folder)
         except Exception as error:
             raise RegistryError(
@@ -158,8 +157,6 @@ def _client(store: RunStore) -> "MlflowClient":
     import mlflow
 
     mlflow.set_tracking_uri(store.address)
-    for name in ("mlflow.tracking._model_registry.client", "mlflow.store.model_registry.abstract_store"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     return client
 
 

@@ -25,7 +25,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-NODE_LINE = re.compile(r"^.*\(raylet\).*\n", re.MULTILINE)
+NODE_LINE = re.compile(r"^.*(?:\(raylet\)|core_worker\.cc).*(?:\n|\Z)", re.MULTILINE)
 TIMEOUT_S = 1800
 
 
@@ -77,7 +77,7 @@ def executed(path: Path, folder: Path, **environment: str) -> NotebookNode:
 
 
 def _without_node(output: NotebookNode) -> NotebookNode:
-    """Drop what Ray's node prints about this machine, such as how many processes it started."""
+    """Drop what Ray's own processes print, such as how many of them were started on this machine."""
     if output.output_type == "stream":
         output.text = NODE_LINE.sub("", output.text)
     return output

@@ -17,8 +17,8 @@ $(UV):
 
 .venv/.synced: requirements.lock pyproject.toml | $(UV)
 	test -x $(RUN) || $(UV) venv --quiet --python $(PYTHON) .venv
-	$(UV) pip sync --quiet --require-hashes requirements.lock
-	$(UV) pip install --quiet --no-deps --no-build-isolation --editable .
+	$(UV) pip sync --quiet --python $(RUN) --require-hashes requirements.lock
+	$(UV) pip install --quiet --python $(RUN) --no-deps --no-build-isolation --editable .
 	touch $@
 
 demo: setup  ## Simulate a bucket, serve it by S3, ingest, adapt, compare

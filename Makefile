@@ -28,7 +28,7 @@ notebooks: setup  ## Run the notebooks again and keep their outputs
 	$(RUN) notebooks/run.py
 
 test: setup  ## Every test
-	$(RUN) -m pytest --numprocesses 2 --dist loadgroup
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: setup  ## Tests that take seconds
 	$(RUN) -m pytest -m "not slow"

@@ -30,16 +30,11 @@ JUMP_TABLES = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Run at most two Rays at a time: one process of pytest-xdist has the session's, another those that tests start."""
-    for item in items:
-        if "ray_cluster" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("session's Ray"))
-        elif item.get_closest_marker("own_ray"):
-            item.add_marker(pytest.mark.xdist_group("own Ray"))
-    # The longest first, so that the rest fills the other process.
-    items.sort(key=lambda item: "ray_cluster" not in item.fixturenames)
+    """Put the files that take longest first, so that two processes of pytest-xdist end at about the same time."""
+    own = {item.path for item in items if item.get_closest_marker("own_ray")}
+    shared = {item.path for item in items if "ray_cluster" in item.fixturenames}
+    items.sort(key=lambda item: (item.path not in own, item.path not in shared))
 
 
 @pytest.fixture(scope="session")

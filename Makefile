@@ -7,7 +7,7 @@ export UV_PYTHON_DOWNLOADS := never
 COMPILE := pip compile --quiet --universal --generate-hashes --python-version 3.11 --extra dev --extra harmony --extra server \
 	--custom-compile-command "make lock" pyproject.toml
 
-.PHONY: setup demo notebooks test test-fast check lock format clean
+.PHONY: setup demo notebooks test test-fast test-long check lock format clean
 
 setup: .venv/.synced  ## Make .venv from the lock
 
@@ -27,11 +27,14 @@ demo: setup  ## Simulate a bucket, serve it by S3, ingest, adapt, compare
 notebooks: setup  ## Run the notebooks again and keep their outputs
 	$(RUN) notebooks/run.py
 
-test: setup  ## Every test
-	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: setup  ## Every test but those that take minutes each
+	$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-long: setup  ## The tests that take minutes each: notebooks, nodes that die, sweeps that are killed
+	$(RUN) -m pytest -m long
 
 test-fast: setup  ## Tests that take seconds
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow and not long"
 
 check: setup  ## Lint, format, types, and whether the lock matches pyproject.toml
 	.venv/bin/ruff check .

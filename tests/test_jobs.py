@@ -351,7 +351,7 @@ class Sweep:
         return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.own_ray
 def test_a_sweep_that_is_killed_and_then_interrupted_comes_to_the_same_table(head, swept):
     results = swept / "disturbed"
@@ -405,7 +405,7 @@ def broken_off(root: Path, results: str) -> list[str]:
     return [json.loads((path / "stage.json").read_text())["title"] for path in folders if not (path / "done.json").exists()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.own_ray
 def test_a_node_that_dies_in_the_middle_changes_nothing(head, submitted):
     root, _ = submitted

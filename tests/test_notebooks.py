@@ -84,7 +84,7 @@ def test_the_stains_of_own_plates_are_those_of_the_simulator():
             assert ast.literal_eval(line).items() <= {str(n): name for n, name in zip(numbers, CHANNELS, strict=True)}.items()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_as_it_stands_and_leaves_nothing_running(path, desk):
     here = psutil.Process()

@@ -274,7 +274,7 @@ def test_a_cluster_with_a_token_refuses_who_has_another_or_none(head, credential
     assert told in refused.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.own_ray
 def test_a_driver_that_was_killed_is_started_again_to_the_same_end(head, submitted):
     root, _ = submitted
@@ -292,6 +292,9 @@ def test_a_driver_that_was_killed_is_started_again_to_the_same_end(head, submitt
     assert again.returncode == 0, again.stderr
     assert re.search(r"stages, [1-9]\d* of them finished before", again.stdout)
     pd.testing.assert_frame_equal(transfers_of(root, "killed"), transfers_of(root, "submitted"))
+    # A busy machine may not take in every run in time; then they are sent later.
+    for name in ("submitted", "killed"):
+        assert job("sync_mlflow.py", "--config", str(root / f"{name}.yaml")).returncode == 0
     assert runs_of(root, "killed") == runs_of(root, "submitted")
     assert all(run.endswith("FINISHED") for run in runs_of(root, "killed"))
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from coda_ray.analysis.selection import CRITERIA, agreement
+from coda_ray.tracking.table import markdown_table
 
 ORACLE = "oracle_accuracy"
 STATE = ["trial", "method", "step"]
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     found = judge(scores, options.oracle)
     print(f"{found.attrs['states']} states of each of {found.attrs['transfers']} transfers; {options.oracle} in points\n")
-    print(_markdown(found))
+    print(_told(found), end="")
     return 0
 
 
@@ -68,15 +69,14 @@ def judge(scores: pd.DataFrame, oracle: str) -> pd.DataFrame:
     return frame
 
 
-def _markdown(found: pd.DataFrame) -> str:
-    """Lay out one row per way to choose, the least regret first."""
-    lines = ["| choose by | rank correlation | accuracy of the chosen | regret |", "| --- | ---: | ---: | ---: |"]
-    order = found.groupby("way")["regret"].mean().sort_values().index
-    for way in order:
+def _told(found: pd.DataFrame) -> str:
+    """Lay out one row per way to choose, the least regret first, in Markdown."""
+    rows = []
+    for way in found.groupby("way")["regret"].mean().sort_values().index:
         own = found[found["way"] == way]
         cells = [_spread(own[name], digits) for name, digits in (("rank_correlation", 2), ("chosen", 1), ("regret", 1))]
-        lines.append(f"| {f'`{way}`' if way in CRITERIA else way} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([f"`{way}`" if way in CRITERIA else way, *cells])
+    return markdown_table(["choose by", "rank correlation", "accuracy of the chosen", "regret"], rows)
 
 
 def _spread(values: pd.Series, digits: int) -> str:

@@ -120,15 +120,12 @@ class Export:
         try:
             before = out.read(DESCRIPTION)
         except FileNotFoundError:
-            out.write(WEIGHTS, self.files[WEIGHTS])
-            out.write(CARD, self.files[CARD])
-            out.write(DESCRIPTION, self.files[DESCRIPTION])
-            return True
-        if before != self.files[DESCRIPTION]:
+            before = None
+        if before not in (None, self.files[DESCRIPTION]):
             raise ConfigError(f"{out.address(DESCRIPTION)}: another model is there; give another folder, or delete that one")
-        out.write(WEIGHTS, self.files[WEIGHTS])
-        out.write(CARD, self.files[CARD])
-        return False
+        for name in (WEIGHTS, CARD, DESCRIPTION):
+            out.write(name, self.files[name])
+        return before is None
 
 
 def stored_models(results: Folder) -> list[StoredModel]:

@@ -31,7 +31,7 @@ test: setup  ## Every test but those that take minutes each
 	$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-long: setup  ## The tests that take minutes each: notebooks, nodes that die, jobs that are killed
-	$(RUN) -m pytest -m long
+	$(RUN) -m pytest -m long --timeout 3600
 
 test-fast: setup  ## Tests that take seconds
 	$(RUN) -m pytest -m "not slow and not long"

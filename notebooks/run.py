@@ -68,7 +68,8 @@ def executed(path: Path, folder: Path, **environment: str) -> NotebookNode:
             store_widget_state=False,
             coalesce_streams=True,
         )
-        client.execute(env={**os.environ, **environment})
+        # A client that was given its manager leaves the kernel running, unless it is asked.
+        client.execute(cleanup_kc=True, env={**os.environ, **environment})
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in map(_without_node, cell.outputs) if output.get("text") != ""]

@@ -17,8 +17,10 @@ from coda_ray.tracking.records import IDENTITY
 from coda_ray.tracking.store import RunStore
 
 log = logging.getLogger(__name__)
-# What a whole job may wait for the runs of its live curves: importing MLflow and making a database take seconds.
-LIVE_WAIT_S = 20.0
+# What a whole job may wait (s): for the runs of its live curves, and at its end for what was not sent yet. A server may be
+# down for good; a database in the results folder is at most slow.
+SERVER_WAIT_S = (20.0, 30.0)
+FILE_WAIT_S = (120.0, 600.0)
 
 
 class Tracker:
@@ -40,7 +42,8 @@ class Tracker:
         self._job: Mapping[str, Any] | None = None
         self._parent: str | None = None
         self._running: set[str] = set()
-        self._patience_s = LIVE_WAIT_S
+        in_file = store is not None and store.address.startswith("sqlite:")
+        self._live_wait_s, self._end_wait_s = FILE_WAIT_S if in_file else SERVER_WAIT_S
 
     @classmethod
     def open(cls, tracking: Tracking, results: Folder) -> "Tracker":
@@ -173,8 +176,8 @@ class Tracker:
         """
         self._put(f"report of {record['name']}", lambda store: store.report(record, files))
 
-    def close(self, wait_s: float = 30.0) -> int:
-        """Send what waits, for at most `wait_s`; say what was not sent.
+    def close(self, wait_s: float | None = None) -> int:
+        """Send what waits, for at most `wait_s` (None: as long as is sensible for the place); say what was not sent.
 
         Runs that were begun and not ended (the job failed) end as FAILED.
 
@@ -186,7 +189,7 @@ class Tracker:
         if self._store is None:
             return 0
         store = self._store
-        unsent = self._outbox.close(wait_s, lambda: self._end(store))
+        unsent = self._outbox.close(self._end_wait_s if wait_s is None else wait_s, lambda: self._end(store))
         if unsent:
             log.warning(
                 "MLflow at %s: %d records were not sent; the results are complete, and "
@@ -204,7 +207,7 @@ class Tracker:
     def _live(self, what: str, make: Callable[[RunStore], str]) -> LiveLogger | None:
         """Make a run within what is left of the job's patience."""
         store = self._store
-        if store is None or self._patience_s <= 0:
+        if store is None or self._live_wait_s <= 0:
             return None
 
         def begin() -> str:
@@ -214,8 +217,8 @@ class Tracker:
             return run_id
 
         started = time.monotonic()
-        run_id = self._outbox.ask(what, begin, self._patience_s)
-        self._patience_s -= time.monotonic() - started
+        run_id = self._outbox.ask(what, begin, self._live_wait_s)
+        self._live_wait_s -= time.monotonic() - started
         return LiveLogger(store.address, run_id) if run_id else None
 
     def _ensure_parent(self, store: RunStore) -> str | None:

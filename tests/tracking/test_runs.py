@@ -372,7 +372,7 @@ def test_a_server_that_never_answers_makes_nobody_wait(results, silent_server, m
 
 def test_live_curves_give_up_on_a_silent_server(results, silent_server, short_timeouts, monkeypatch, make_transfer):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", silent_server)
-    monkeypatch.setattr("coda_ray.tracking.runs.LIVE_WAIT_S", 0.2)
+    monkeypatch.setattr("coda_ray.tracking.runs.SERVER_WAIT_S", (0.2, 30.0))
     tracker = Tracker.open(Tracking(), results)
     assert tracker.live(make_transfer("A", "B", "coda", 0)) is None
     assert tracker.live_stage("dino-cb A", "aaaa") is None

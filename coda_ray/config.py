@@ -433,6 +433,9 @@ class Adapt(Optimisation):
     unit: str = Field("all", min_length=1)
     """Which batches or plates are adapted to, one after the other: `all`, `random` (one, drawn by the seed), or one by its name.
     Each is scored on itself and on the whole target."""
+    plates: list[str] = []
+    """Plates of the target that an adaptation knows of, as anchors, as partners, and in the length of an epoch; empty: all. What
+    is scored stays the same."""
     no_partner: Literal["error", "same-image"] = "error"
     """A compound that has no tile in another batch: stop before training, or pair the tile with itself."""
     partner_pool: Literal["source", "unit"] = "source"

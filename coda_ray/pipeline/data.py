@@ -257,6 +257,32 @@ def target_tiles(config: Config, source: str, target: str) -> TileIndex:
     return seen(config, source, load_tiles(config, target))
 
 
+def known_tiles(config: Config, source: str, target: str) -> TileIndex:
+    """Tiles of a target that an adaptation knows of: of `target_tiles` those of `adapt.plates`.
+
+    Raises
+    ------
+    DataError
+        When the target has no such plate.
+    """
+    index, names = target_tiles(config, source, target), config.adapt.plates
+    missing = sorted(set(names) - set(index.units("plate")))
+    if missing:
+        raise DataError(f"adapt.plates = {missing[0]!r}: {target} has no such finished plate; ingest it, or correct it")
+    return _only(index, tuple(names)) if names else index
+
+
+@lru_cache(maxsize=KEPT_SELECTIONS)
+def _only(index: TileIndex, plates: tuple[str, ...]) -> TileIndex:
+    """Keep some plates."""
+    return index.where(index.frame[UNIT_COLUMNS["plate"]].isin(plates))
+
+
+def forget() -> None:
+    """Load indices anew from now on: plates were added to the store."""
+    _load.cache_clear()
+
+
 def units_of(config: Config, target: str, granularity: Granularity, seed: int) -> list[str]:
     """Choose the units of a target that are adapted to, by `adapt.unit`.
 
@@ -283,7 +309,7 @@ def adaptation_tiles(config: Config, source: str, target: str, granularity: Gran
     DataError
         When the target has no such unit.
     """
-    return _adaptation_tiles(target_tiles(config, source, target), target, granularity, unit, config.adapt.partner_pool)
+    return _adaptation_tiles(known_tiles(config, source, target), target, granularity, unit, config.adapt.partner_pool)
 
 
 @lru_cache(maxsize=KEPT_SELECTIONS)

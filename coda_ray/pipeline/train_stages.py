@@ -160,7 +160,7 @@ def adapt(
         "unit": unit,
         "tiles": tiles.fingerprints,
     }
-    epoch = len(data.target_tiles(config, source, target)) // config.adapt.minibatch
+    epoch = len(data.known_tiles(config, source, target)) // config.adapt.minibatch
     build = partial(_self_supervised_work, config, tiles, optimisation, epoch, seed, objective, pretrained, None)
     make = partial(_make, config, optimisation, epoch, seed, title, build, note)
     workload = _workload(section_of(objective), tiles.anchored(), optimisation, epoch, pairs=objective == "dino-cb")
@@ -200,7 +200,7 @@ def tent(
         "unit": unit,
         "tiles": tiles.fingerprints["anchors"],
     }
-    epoch = len(data.target_tiles(config, source, target)) // config.tent.minibatch
+    epoch = len(data.known_tiles(config, source, target)) // config.tent.minibatch
     build = partial(_tent_work, config, tiles, classifier, seed)
     make = partial(_make, config, config.tent, epoch, seed, title, build, None)
     workload = _workload("tent", tiles.anchored(), config.tent, epoch)
@@ -280,7 +280,7 @@ def _inputs(config: Config, optimisation: Optimisation, seed: int, *sections: st
     if config.model.init.endswith(".safetensors"):
         chosen["weights"] = {"sha256": _sha256(config.model.init)}
     # `minibatch` holds what counts, and the unit stands for itself.
-    rates = settings_of(optimisation, exclude={"minibatch_unit", "unit", "dino"})
+    rates = settings_of(optimisation, exclude={"minibatch_unit", "unit", "plates", "dino"})
     return {**chosen, "optimisation": rates, "seed": seed, "precision": config.train.precision}
 
 

@@ -105,7 +105,9 @@ def test_lists_of_different_columns_unite_by_name():
     assert both["Orig_ER"].isna().tolist() == [False, True, True, True]
 
 
-@pytest.mark.parametrize("data", [b"PAR1 is not all", b"\x1f\x8bbroken", gzip.compress(csv(rows()), mtime=0)[:60], b"\xff\xfe\x00a\n"])
+@pytest.mark.parametrize(
+    "data", [b"PAR1 is not all", b"\x1f\x8bbroken", gzip.compress(csv(rows()), mtime=0)[:60], b"\xff\xfe\x00a\n"]
+)
 def test_a_file_that_is_no_list_says_so(data):
     with pytest.raises(ValueError, match=r"s3://b/list"):
         parse_image_list(data, "s3://b/list", ["DNA"])

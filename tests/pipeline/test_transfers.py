@@ -10,14 +10,15 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 
 from coda_ray.config import Config, ConfigError
+from coda_ray.jump.prepare import preparation_of
 from coda_ray.pipeline import data
 from coda_ray.pipeline.data import DataError
 from coda_ray.pipeline.evaluate import evaluate, predictions_of
 from coda_ray.pipeline.matrix import StagesFailedError, requests_of, run_transfers
-from coda_ray.pipeline.train_stages import stage_tensors
+from coda_ray.pipeline.train_stages import adapt, pretrain, stage_tensors
 from coda_ray.pipeline.transfer import Request, plan, stages_of
 from coda_ray.storage import open_place
-from coda_ray.tiles.store import LABEL, table_bytes
+from coda_ray.tiles.store import LABEL, TileStore, table_bytes
 from synthetic import small_config, write_tiles
 
 SCORES = ["n_images", "n_wells", "accuracy", "macro_f1", "well_accuracy", "well_macro_f1", "steps", "key"]
@@ -220,3 +221,23 @@ def test_the_matrix_lists_every_cell_once():
 def test_an_empty_list_of_the_matrix_is_told():
     with pytest.raises(ConfigError, match=r"matrix\.targets is empty; name at least one"):
         requests_of(Config.model_validate({"matrix": {"sources": ["a"]}}))
+
+
+def test_an_adaptation_that_knows_of_some_plates_is_that_of_a_target_that_has_no_others(tmp_path):
+    config = world(tmp_path / "all")
+    pretrained = pretrain(config, "a", objective="dino-cb", seed=0)
+    names = [name for name in data.load_tiles(config, "b").units("plate") if name.endswith("p0")]
+    adapting = {"granularity": "plate", "unit": names[0], "seed": 0}
+    some = config.model_copy(update={"adapt": config.adapt.model_copy(update={"plates": names})})
+    known = adapt(some, pretrained, "b", **adapting)
+    assert known.key != adapt(config, pretrained, "b", **adapting).key
+
+    few = small_config(tmp_path / "few")
+    store, other = (TileStore.open(open_place(c.tiles), preparation_of(c)) for c in (config, few))
+    for path in [*store.plates(["a"]), *(path for path in store.plates(["b"]) if path.endswith("p0"))]:
+        for name in store.folder.names(path):
+            other.folder.write(f"{path}/{name}", store.folder.read(f"{path}/{name}"))
+    assert known.key == adapt(few, pretrain(few, "a", objective="dino-cb", seed=0), "b", **adapting).key
+    missing = config.model_copy(update={"adapt": config.adapt.model_copy(update={"plates": ["p9"]})})
+    with pytest.raises(DataError, match=r"adapt.plates = 'p9': b has no such finished plate"):
+        adapt(missing, pretrained, "b", **adapting)

@@ -630,6 +630,47 @@ class Predict(Section):
     has room for."""
 
 
+class Watch(Section):
+    """What jobs/watch.py does with plates as they arrive. No label of theirs is read."""
+
+    source: str | None = None
+    """Source that the model is trained on."""
+    targets: list[str] = []
+    """Sources whose new plates are taken; empty means every other source of the bucket."""
+    method: Literal["oda-mae", "oda", "coda"] = "coda"
+    """What is adapted by."""
+    seed: int = Field(0, ge=0)
+    """Seed of the models."""
+    policy: Literal["nearest", "plate", "batch"] = "nearest"
+    """Which model predicts a plate: `nearest`, that of the source or of the finished unit that it is least distant from, and one
+    adapted to the plate itself where all are further than the threshold; `plate`, always one adapted to the plate; `batch`, one
+    adapted to the batch, once the batch is complete."""
+    drift_threshold: float | None = Field(None, gt=0)
+    """Distance (standard deviations of the source's DMSO images) above which no model fits; unset: measured among the plates of
+    the source (docs/online.md)."""
+    events: Address | None = None
+    """Folder of S3 event notifications (JSON), reached as the bucket is; plates are then looked up where these name an image
+    list, and the bucket is not listed."""
+    poll_s: float = Field(60.0, gt=0)
+    """Seconds between looks at the bucket."""
+    settle_s: float = Field(300.0, ge=0)
+    """A plate counts when all images of its list are there and neither has changed for so long (s)."""
+    incomplete_after_s: float | None = Field(None, gt=0)
+    """A plate that lacks images of its list is taken as it is when nothing has changed for so long (s); unset: it waits."""
+    min_wells: float = Field(0.5, ge=0, le=1)
+    """Least share of a plate's wells that must have a tile."""
+    tries: int = Field(3, ge=1)
+    """How often a plate is tried before it is set aside for good."""
+    retry_after_s: float = Field(600.0, ge=0)
+    """Seconds between tries of one plate."""
+    lease_s: float = Field(60.0, gt=0)
+    """A watcher that gives no sign of life for so long (s) is taken for dead, and the next one goes on."""
+    register_as: str | None = Field(None, pattern=r"^[\w. -]+$")
+    """Name in MLflow's model registry for the models that predict; unset: they are not registered."""
+    out: Address | None = None
+    """Folder or `s3://` address (reached as results are) of the ledger and the report; unset: watch in the results."""
+
+
 class Range(Section):
     """Numbers between two ends."""
 
@@ -755,6 +796,8 @@ class Config(Section):
     """The sweep of jobs/tune.py."""
     predict: Predict = Predict()
     """Predictions of jobs/predict.py."""
+    watch: Watch = Watch()
+    """Plates as they arrive, of jobs/watch.py."""
 
     @property
     def adapting(self) -> Dino:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ["jobs", "pipeline", "tracking", "training", "analysis", "learn", "jump", "tiles", "storage", "config"]
+ROOMS = ["jobs", "online", "pipeline", "tracking", "training", "analysis", "learn", "jump", "tiles", "storage", "config"]
 # They start Ray and show progress, and know nothing of the rooms.
 FREE = {"cluster", "progress"}
 

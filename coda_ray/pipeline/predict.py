@@ -161,9 +161,7 @@ def predict(config: Config, model: ExportedModel, tiles: TileIndex, progress: Ca
         When a worker fails.
     """
     begun = time.monotonic()
-    results = config.results.model_copy(update={"address": config.predict.out}) if config.predict.out else config.results
-    place = open_place(results)
-    out = (place if config.predict.out else place.child(DEFAULT_FOLDER)).child(model.key)
+    out = predictions_folder(config, model.key)
     wanted = plates_of(tiles)
     with ThreadPoolExecutor(READS_AT_A_TIME) as pool:
         done = pool.map(lambda index: _is_done(out, index, model), wanted)
@@ -174,6 +172,13 @@ def predict(config: Config, model: ExportedModel, tiles: TileIndex, progress: Ca
     unreadable = _run(config, model, todo, workers, out, progress) if todo else 0
     seconds = time.monotonic() - begun
     return Predictions(out.address(), len(todo), len(wanted) - len(todo), tiles_to_do, unreadable, workers, seconds)
+
+
+def predictions_folder(config: Config, key: str) -> Folder:
+    """Open the folder of the predictions of a model, by its key; below it `<source>/<batch>/<plate>`."""
+    results = config.results.model_copy(update={"address": config.predict.out}) if config.predict.out else config.results
+    place = open_place(results)
+    return (place if config.predict.out else place.child(DEFAULT_FOLDER)).child(key)
 
 
 def ingest_missing(config: Config, model: ExportedModel, progress: Callable[[int, int], None]) -> str:

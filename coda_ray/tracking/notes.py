@@ -18,6 +18,7 @@ UNTOLD = ("bucket", "metadata", "tiles", "results", "stream", "train", "tracking
 EXPERIMENT_NOTE = (
     "Jobs of coda_ray: matrices, single adaptations and sweeps, with their transfers, training stages or trials below them.\n\n"
     "- all jobs: `tags.kind = 'job'`; sweeps alone: `tags.job = 'tune'`\n"
+    "- plates that a watcher took: `tags.kind = 'plate'`\n"
     "- transfers of one kind: `params.method = 'coda' and params.scope = 'whole'`\n"
     "- `oracle_…` reads labels of the target: for research, never to choose by\n"
 )
@@ -109,6 +110,23 @@ def trial_note(record: Mapping[str, Any], job: Mapping[str, Any]) -> str:
     how = {name: point.pop(name, settings[name]) for name in ("method", "granularity")}
     ends = [(source, target, seed) for source, target in settings["pairs"] for seed in settings["seeds"]]
     return _again(job, [{"source": source, "target": target, **how, "seed": seed, **point} for source, target, seed in ends])
+
+
+def plate_name(record: Mapping[str, Any]) -> str:
+    """Name a plate of a watcher."""
+    return f"{record['source']}/{record['batch']}/{record['plate']}"
+
+
+def plate_note(record: Mapping[str, Any]) -> str:
+    """Say which model a plate got, why, and where its predictions are."""
+    drift = "not measured" if record["drift_source"] is None else f"{record['drift_source']:.2f} from the source"
+    near = "" if record["drift_nearest"] is None else f", {record['drift_nearest']:.2f} from {record['nearest']}"
+    limit = "" if record["threshold"] is None else f" (threshold {record['threshold']:.2f})"
+    return (
+        f"Predicted by the model of **{record['model']}**: {record['why']}.\n\n"
+        f"Drift of its DMSO images, in standard deviations of the source: {drift}{near}{limit}.\n\n"
+        f"Predictions: `{record['folder']}`\n"
+    )
 
 
 def _again(job: Mapping[str, Any], commands: Sequence[Mapping[str, Any]]) -> str:

@@ -12,6 +12,8 @@ import pandas as pd
 from coda_ray.storage import Folder
 
 READS_AT_A_TIME = 16
+# Records of plates that a watcher reported, below it a folder per job.
+WATCHED = "watched"
 IDENTITY = ("source", "target", "method", "granularity", "unit", "scope", "split", "seed")
 COUNTS = ("n_images", "n_wells", "n_compounds")
 SCORES = ("accuracy", "macro_f1", "well_accuracy", "well_macro_f1", "compound_accuracy", "compound_macro_f1")

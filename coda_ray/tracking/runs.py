@@ -104,6 +104,15 @@ class Tracker:
         """Send a trial of a sweep, as in `sweeps/<sweep key>/<trial key>.json`."""
         self._put(f"trial {record['key']}", lambda store: store.trial(record, self._ensure_parent(store), self._job))
 
+    def plate(self, record: Mapping[str, Any], picture: bytes) -> None:
+        """Send a plate of a watcher, as in `watched/<job key>/<plate>.json`, with the picture of its predictions."""
+        self._put(f"plate {record['key']}", lambda store: store.plate(record, picture, self._ensure_parent(store)))
+
+    def watched(self, table: pd.DataFrame, files: Mapping[str, bytes]) -> None:
+        """Send the table of all plates of a watcher, and the files that show it."""
+        job = dict(self._job or {})
+        self._put(f"plates of {job['name']}", lambda store: store.watched(job, table, files))
+
     def stage(self, title: str, key: str, history: pd.DataFrame | None) -> None:
         """Send the curves of a stage that several transfers stand on."""
 

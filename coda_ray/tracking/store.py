@@ -26,6 +26,8 @@ from coda_ray.tracking.notes import (
     config_text,
     job_note,
     markdown_matrices,
+    plate_name,
+    plate_note,
     settings_of,
     transfer_name,
     transfer_note,
@@ -56,6 +58,13 @@ ENDS = {"failed": "FAILED", "running": "KILLED"}
 # Folder of a job's report, among the artifacts of its run and in the results.
 REPORT = "report"
 POINTS_PER_CALL = 1000
+# Of a plate of a watcher.
+PLATE_PARAMS = ("source", "batch", "plate", "model", "why", "nearest", "target", "granularity", "unit", "stage", "version")
+PLATE_MEASURES = (
+    "number", "tiles", "quarantined", "wells", "controls", "drift_source", "drift_nearest", "threshold", "images", "unreadable",
+    "confidence", "replicate_agreement", "adaptation_seconds", "tries",
+)  # fmt: skip
+PLATE_CURVES = ("drift_source", "drift_nearest", "confidence")
 # Set where the user has not: a dead server is known in seconds, not minutes; nothing is printed or phoned home.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -297,6 +306,60 @@ class RunStore:
         self._send_data(run, job.get("data", []) if job else [])
         self.end(run.info.run_id, ENDS.get(record["status"], "FINISHED"), history)
         return str(run.info.run_id)
+
+    def plate(self, record: Mapping[str, Any], picture: bytes | None, parent: str | None) -> str:
+        """Send one plate of a watcher: what it is and which model it got as params, what was measured as metrics, its picture.
+
+        Parameters
+        ----------
+        record
+            As in `watched/<job key>/<source>_<batch>_<plate>.json`.
+        picture
+            PNG of the plate's predictions; None where it is gone.
+        parent
+            Run id of the watcher's job.
+
+        Returns
+        -------
+        str
+            Run id.
+        """
+        run = self._ensure("plate", record["key"], plate_name(record), parent, None)
+        params = {name: str(record[name]) for name in PLATE_PARAMS if record.get(name) is not None}
+        values = {name: float(record[name]) for name in PLATE_MEASURES if record.get(name) is not None}
+        self._send_differences(run, params=params, tags={NOTE_TAG: plate_note(record)}, values=values)
+        if picture is not None:
+            self._upload(run.info.run_id, {"plate.png": picture})
+        if run.info.status != "FINISHED":
+            self.end(run.info.run_id)
+        return str(run.info.run_id)
+
+    def watched(self, job: Mapping[str, Any], table: pd.DataFrame, files: Mapping[str, bytes]) -> None:
+        """Put the plates of a watcher on its run: drift and confidence in the order of arrival as curves, table and picture.
+
+        Parameters
+        ----------
+        job
+            The watcher's record.
+        table
+            One row per plate, in the order of arrival.
+        files
+            Name to content.
+        """
+        from mlflow.entities import Metric
+
+        run_id = self.job(job)
+        known = {name: {m.step for m in self.client.get_metric_history(run_id, name)} for name in PLATE_CURVES}
+        now = time.time_ns() // 1_000_000
+        points = [
+            Metric(name, float(value), now, number)
+            for name in PLATE_CURVES
+            for number, value in enumerate(table[name].tolist(), 1)
+            if not pd.isna(value) and number not in known[name]
+        ]
+        for start in range(0, len(points), POINTS_PER_CALL):
+            self.client.log_batch(run_id, metrics=points[start : start + POINTS_PER_CALL])
+        self._upload(run_id, files)
 
     def monitor(self, run_id: str) -> "SystemMetricsMonitor | None":
         """Begin to send processor, memory, disk and network of this machine to a run, from a thread of MLflow's own.

@@ -8,7 +8,7 @@ import pandas as pd
 
 from coda_ray.storage import Folder, retrying
 from coda_ray.tracking.figures import figure_png, matrix_figures
-from coda_ray.tracking.records import read_history, read_record, read_records, transfers_frame
+from coda_ray.tracking.records import WATCHED, read_history, read_record, read_records, transfers_frame
 from coda_ray.tracking.store import REPORT, RunStore
 from coda_ray.tracking.table import job_matrix
 
@@ -19,7 +19,7 @@ class SyncCounts:
 
     Parameters
     ----------
-    jobs, transfers, stages, trials
+    jobs, transfers, stages, trials, plates
         Numbers of records.
     """
 
@@ -27,6 +27,7 @@ class SyncCounts:
     transfers: int
     stages: int
     trials: int
+    plates: int
 
 
 def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] | None = None) -> SyncCounts:
@@ -65,7 +66,8 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
     on_transfers = {record["history"] for record in transfers}
     stages = [path for path in sorted(stage_job) if path not in on_transfers]
     trials = [record for sweep in results.names("sweeps") for record in read_records(results, f"sweeps/{sweep}")]
-    done, total = 0, len(jobs) + len(transfers) + len(stages) + len(trials)
+    plates = [record for job in results.names(WATCHED) for record in read_records(results, f"{WATCHED}/{job}")]
+    done, total = 0, len(jobs) + len(transfers) + len(stages) + len(trials) + len(plates)
 
     def advance() -> None:
         nonlocal done
@@ -86,11 +88,14 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
     for record in trials:
         store.trial(record, parents.get(record["sweep"]), by_key.get(record["sweep"]))
         advance()
+    for record in plates:
+        store.plate(record, _picture(results, record), parents.get(record["job"]))
+        advance()
     for job in jobs:
         _finish(store, job, frame)
         _send_report(results, store, job)
         advance()
-    return SyncCounts(len(jobs), len(transfers), sent, len(trials))
+    return SyncCounts(len(jobs), len(transfers), sent, len(trials), len(plates))
 
 
 def _oldest_first(results: Folder, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -111,6 +116,14 @@ def _send_stage(results: Folder, store: RunStore, path: str, parent: str) -> boo
     stage = read_record(results, f"{path}/stage.json")
     store.stage(stage["title"], stage["key"], history, parent)
     return True
+
+
+def _picture(results: Folder, record: Mapping[str, Any]) -> bytes | None:
+    """Read the picture of a plate's predictions."""
+    try:
+        return results.read_address(f"{record['folder']}/plate.png")
+    except FileNotFoundError:
+        return None
 
 
 def _send_report(results: Folder, store: RunStore, job: Mapping[str, Any]) -> None:

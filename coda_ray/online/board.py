@@ -1,0 +1,124 @@
+"""How far each plate has come, read from the ledger: nothing else remembers it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import pandas as pd
+
+from coda_ray.jump.layout import PlateName
+from coda_ray.online.ledger import Entry
+
+# What a plate goes through, and the step that leads on from each state.
+STEP_AFTER = {"arrived": "ingest", "ingested": "check", "checked": "choose", "chosen": "predict", "predicted": "report"}
+DONE, FAILED, ASIDE = "reported", "failed", "aside"
+STATES = (*STEP_AFTER, DONE, FAILED, ASIDE)
+# A model that could not be made is chosen anew.
+_BACK_TO = {step: state for state, step in STEP_AFTER.items()} | {"adapt": "checked"}
+COLUMNS = {
+    "arrived": ("sites", "missing"),
+    "ingested": ("tiles", "quarantined"),
+    "checked": ("wells", "controls", "drift_source"),
+    "chosen": ("nearest", "drift_nearest", "threshold", "model", "why", "target", "granularity", "unit"),
+    "predicted": ("key", "images", "unreadable", "confidence", "replicate_agreement", "version"),
+}
+
+
+@dataclass
+class Course:
+    """How far a plate has come.
+
+    Parameters
+    ----------
+    plate
+        The plate.
+    number
+        Of its first entry in the ledger: plates keep this order.
+    state
+        One of `STEP_AFTER`, or `reported`, `aside`.
+    facts
+        State to what was noted when it was reached.
+    failures
+        Entries of failed tries.
+    """
+
+    plate: PlateName
+    number: int
+    state: str
+    facts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    failures: list[Entry] = field(default_factory=list)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more is to be done."""
+        return self.state in (DONE, ASIDE)
+
+    def take(self, entry: Entry) -> None:
+        """Follow one entry."""
+        if entry.state == FAILED:
+            self.failures.append(entry)
+            self.state = _BACK_TO[entry.facts["step"]]
+        else:
+            self.state = entry.state
+            self.facts[entry.state] = entry.facts
+
+    def is_due(self, now: float, retry_after_s: float) -> bool:
+        """Whether it may be tried now.
+
+        Parameters
+        ----------
+        now
+            Unix time (s).
+        retry_after_s
+            Seconds after the last failure.
+        """
+        if self.ended or not self.failures:
+            return not self.ended
+        return now - datetime.fromisoformat(self.failures[-1].at).timestamp() >= retry_after_s
+
+
+def courses(entries: Iterable[Entry]) -> dict[PlateName, Course]:
+    """Follow every plate of a ledger.
+
+    Parameters
+    ----------
+    entries
+        In the order of the ledger.
+
+    Returns
+    -------
+    dict
+        In the order of arrival.
+    """
+    found: dict[PlateName, Course] = {}
+    for entry in entries:
+        if entry.plate is not None:
+            course = found.setdefault(entry.plate, Course(entry.plate, entry.number, entry.state))
+            course.take(entry)
+    return found
+
+
+def plates_table(found: Iterable[Course]) -> pd.DataFrame:
+    """Lay the plates out as a table.
+
+    Parameters
+    ----------
+    found
+        In the order of rows.
+
+    Returns
+    -------
+    DataFrame
+        One row per plate: source, batch, plate, state, tries, what was noted (`COLUMNS`; missing where a plate is not so far)
+        and the reason of the last failure.
+    """
+    rows = []
+    for course in found:
+        known = {name: course.facts.get(state, {}).get(name) for state, names in COLUMNS.items() for name in names}
+        reason = course.failures[-1].facts["reason"] if course.failures and course.state != DONE else None
+        reason = course.facts[ASIDE]["reason"] if course.state == ASIDE else reason
+        head = {**course.plate._asdict(), "state": course.state, "tries": len(course.failures) + (course.state != ASIDE)}
+        rows.append({**head, **known, "reason": reason})
+    columns = [*PlateName._fields, "state", "tries", *(name for names in COLUMNS.values() for name in names), "reason"]
+    return pd.DataFrame(rows, columns=columns)

@@ -1,0 +1,103 @@
+"""How far plates are from the source and from each other: DMSO images in features of the source's extractor."""
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from coda_ray.analysis.drift import Controls, Reference
+from coda_ray.config import Config
+from coda_ray.jump.layout import METADATA, PlateName
+from coda_ray.jump.tables import CONTROL, NEGATIVE_CONTROL
+from coda_ray.learn.exported import ExportedModel
+from coda_ray.pipeline import data
+from coda_ray.pipeline.evaluate import FEATURE
+from coda_ray.pipeline.predict import predict, predictions_folder
+from coda_ray.storage import Folder
+from coda_ray.tiles.store import TileIndex
+
+PLATE_ID = list(METADATA[:3])
+Progress = Callable[[str, str], Any]
+
+
+class DriftMeter:
+    """Measures plates by the predictions of the source's model, whose tables hold the features; Ray must be running.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    model
+        The source's model.
+    progress
+        Makes the progress of a title and a unit, as `progress.progress_bar`.
+    """
+
+    def __init__(self, config: Config, model: ExportedModel, progress: Progress) -> None:
+        self.config, self.model, self.progress = config, model, progress
+        self._folder = predictions_folder(config, model.key)
+        self._known: dict[tuple[PlateName, ...], Controls | None] = {}
+        self._reference: Reference | None = None
+
+    @property
+    def reference(self) -> Reference:
+        """The controls of the source's training plates.
+
+        Raises
+        ------
+        ValueError
+            When they have none.
+        """
+        if self._reference is None:
+            source = self.config.watch.source or ""
+            index = data.training_tiles(self.config, source).without_labels()
+            self.embed([index], f"embedding {source}")
+            self._reference = Reference.of([self._features((plate,)) for plate in plates_of(index)])
+        return self._reference
+
+    @property
+    def threshold(self) -> float | None:
+        """Distance above which no model fits; None where there is no measure."""
+        return self.config.watch.drift_threshold or self.reference.threshold
+
+    def embed(self, indices: Sequence[TileIndex], title: str) -> None:
+        """Predict tiles with the source's model, many plates in one go; a look-up where that was done."""
+        frame = pd.concat([index.frame for index in indices], ignore_index=True)
+        whole = TileIndex(frame, indices[0].folder, indices[0].channels)
+        with self.progress(title, "tiles") as show:
+            predict(self.config, self.model, whole, show)
+
+    def controls(self, plates: Sequence[PlateName]) -> Controls | None:
+        """Describe the DMSO images of some plates that were embedded; None where they have none."""
+        names = tuple(plates)
+        if names not in self._known:
+            features = self._features(names)
+            self._known[names] = Controls.of(features) if len(features) else None
+        return self._known[names]
+
+    def _features(self, plates: Sequence[PlateName]) -> NDArray[np.float32]:
+        """Read the features of the DMSO images of plates."""
+        tables = [read_table(self._folder, f"{'/'.join(plate)}/images.parquet") for plate in plates]
+        found = [table.loc[table[CONTROL] == NEGATIVE_CONTROL].filter(like=FEATURE) for table in tables]
+        return np.concatenate([one.to_numpy(np.float32) for one in found]) if found else np.empty((0, 0), np.float32)
+
+
+def plates_of(index: TileIndex) -> list[PlateName]:
+    """Name the plates of some tiles."""
+    return [PlateName(*row) for row in index.frame[PLATE_ID].drop_duplicates().itertuples(index=False)]
+
+
+def tiles_of_plate(config: Config, plate: PlateName) -> TileIndex:
+    """Load the tiles of a plate, without labels."""
+    index = data.load_tiles(config, plate.source).without_labels()
+    return index.where((index.frame[PLATE_ID] == list(plate)).all(axis=1))
+
+
+def read_table(folder: Folder, path: str) -> pd.DataFrame:
+    """Read a parquet file of a folder."""
+    frame: pd.DataFrame = pq.read_table(io.BytesIO(folder.read(path))).to_pandas()
+    return frame

@@ -1,0 +1,110 @@
+"""What a person sees of a watcher: one look or many, progress, and an exit code."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from coda_ray.cluster import start_ray
+from coda_ray.config import Config, ConfigError
+from coda_ray.online.board import ASIDE, DONE, courses
+from coda_ray.online.lease import Lease
+from coda_ray.online.ledger import Ledger
+from coda_ray.online.meter import Progress
+from coda_ray.online.serving import Models, Say
+from coda_ray.online.watcher import FIGURE, TABLE, Watcher, watch_folder
+from coda_ray.storage import open_place
+from coda_ray.tracking.runs import Tracker
+
+
+def watch(config: Config, *, once: bool, command: str, say: Say, progress: Progress) -> int:
+    """Watch a bucket until it is stopped, or look once.
+
+    Parameters
+    ----------
+    config
+        Settings; section `watch`.
+    once
+        Look once, take every plate as far as it goes, and end.
+    command
+        The command line, for the records.
+    say
+        Receives lines of progress.
+    progress
+        Makes the progress of a title and a unit.
+
+    Returns
+    -------
+    int
+        0; with `once` 1 where a plate failed.
+
+    Raises
+    ------
+    ConfigError
+        When the settings cannot be watched with.
+    OSError
+        With `once`, when storage does not answer; otherwise the next look tries again.
+    StagesFailedError
+        When the source's model could not be made.
+    LostLeaseError, LostLedgerError
+        When another watcher has taken over.
+    """
+    folder, by = watch_folder(config), f"{socket.gethostname()}:{os.getpid()}"
+    with Lease(folder.child("lease"), by, config.watch.lease_s) as lease:
+        if not lease.acquire(wait=not once, say=say):
+            say("another watcher is at work; nothing to do")
+            return 0
+        start_ray()
+        tracker = Tracker.open(config.tracking, open_place(config.results))
+        try:
+            watcher = _begin(config, lease, by, tracker, command, say, progress)
+            if not once:
+                _look_for_ever(watcher, say)
+            watcher.look()
+            say(_summary(watcher))
+            tracker.finish_job(watcher.models.record)
+            return int(watcher.failed > 0)
+        finally:
+            tracker.close()
+
+
+def _begin(config: Config, lease: Lease, by: str, tracker: Tracker, command: str, say: Say, progress: Progress) -> Watcher:
+    """Open the ledger, and make what all plates need."""
+    try:
+        models = Models(config, command, tracker, say)
+        ledger = Ledger.open(watch_folder(config).child("ledger"), models.identity, by)
+        models.begin()
+    except FileNotFoundError as error:  # tiles of the source that are not there
+        raise ConfigError(str(error)) from error
+    return Watcher(config, models, ledger, lease, tracker, say, progress)
+
+
+def _look_for_ever(watcher: Watcher, say: Say, wait: Callable[[float], None] = time.sleep) -> NoReturn:
+    """Look again and again, until somebody stops it; what storage does not answer now it may answer later."""
+    try:
+        while True:
+            try:
+                if watcher.look():
+                    say(_summary(watcher))
+            except OSError as error:
+                say(f"{error}; looking again in {watcher.settings.poll_s:g} s")
+            wait(watcher.settings.poll_s)
+    except KeyboardInterrupt:
+        watcher.tracker.finish_job(watcher.models.record)
+        raise
+
+
+def _summary(watcher: Watcher) -> str:
+    """Sum up the ledger."""
+    found = [course.state for course in courses(watcher.ledger.entries).values()]
+    ended = {state: found.count(state) for state in (DONE, ASIDE)}
+    waiting = len(found) - sum(ended.values())
+    files = ", ".join(watcher.folder.address(name) for name in (TABLE, FIGURE)) if found else "nothing yet"
+    return f"{len(found)} plates: {ended[DONE]} reported, {ended[ASIDE]} set aside, {waiting} on their way; {files}"
+
+
+def say_line(line: str) -> None:
+    """Print a line of progress at once."""
+    print(line, file=sys.stdout, flush=True)

@@ -1,0 +1,227 @@
+"""The models that a watcher predicts with: that of the source, and one for each unit that was adapted to."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from coda_ray.config import Config, ConfigError, Granularity
+from coda_ray.jump.prepare import preparation_of
+from coda_ray.pipeline.matrix import StagesFailedError, run_stages
+from coda_ray.pipeline.models import Export, StoredModel, export_of, stored_models
+from coda_ray.pipeline.record import job_record
+from coda_ray.pipeline.stage import Stage, settings_of
+from coda_ray.pipeline.train_stages import adapt
+from coda_ray.pipeline.transfer import Request, model_of, with_needs
+from coda_ray.storage import open_place
+from coda_ray.tiles.store import TileStore, content_key
+from coda_ray.tracking.runs import Tracker
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A model, as the ledger keeps it.
+
+    Parameters
+    ----------
+    stage
+        Path of the stage that made it, below the results.
+    target, granularity, unit
+        What it was adapted to; the source itself, for the model that was not.
+    plates
+        What the adaptation knew of; empty where the watcher did not make it.
+    """
+
+    stage: str
+    target: str
+    granularity: Granularity
+    unit: str
+    plates: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> "Choice":
+        """Read what the ledger noted."""
+        named = ("stage", "target", "granularity", "unit")
+        return cls(*(facts[name] for name in named), plates=tuple(facts["plates"]))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the ledger notes."""
+        return {**asdict(self), "plates": list(self.plates)}
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return self.unit if self.granularity == "source" else f"{self.target} {self.granularity} {self.unit}"
+
+
+class Models:
+    """Plans, makes and gives the models of one watcher.
+
+    Parameters
+    ----------
+    config
+        Settings; section `watch` names source, method and seed.
+    command
+        The command line, for the records.
+    tracker
+        Shows the curves of training.
+    say
+        Receives lines of progress.
+
+    Raises
+    ------
+    ConfigError
+        When `watch.source` is unset.
+    """
+
+    def __init__(self, config: Config, command: str, tracker: Tracker, say: Say) -> None:
+        settings = config.watch
+        if settings.source is None:
+            raise ConfigError("watch.source is unset; give --watch.source NAME, the source whose model is used")
+        self.config, self.command, self.tracker, self.say = config, command, tracker, say
+        self.results = open_place(config.results)
+        request = Request(settings.source, settings.source, settings.method, "source", settings.seed, config.split)
+        self.base = model_of(config, request)
+        self.source = Choice(self.base.classifier.path, settings.source, "source", settings.source)
+        self.record: dict[str, Any] = {}
+        self._planned: dict[str, Stage] = {}
+        self._others: dict[str, StoredModel] = {}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What one ledger stands for: a change of it would make another's plates out of these."""
+        config, settings = self.config, self.config.watch
+        adapting = {"adapt": settings_of(config.adapt), settings.method: self.base.classifier.key}
+        return {
+            "bucket.address": config.bucket.address,
+            "ingest.dataset": config.ingest.dataset,
+            "tiles": content_key(preparation_of(config)),
+            **{f"watch.{name}": getattr(settings, name) for name in ("source", "method", "seed")},
+            "models": content_key(adapting),
+        }
+
+    @property
+    def key(self) -> str:
+        """Key of the watcher's job."""
+        return content_key({"kind": "watch", **self.identity})
+
+    def begin(self) -> None:
+        """Begin the watcher's job: train what is missing of the source's model.
+
+        Raises
+        ------
+        StagesFailedError
+            When that fails.
+        """
+        upstream = with_needs([self.base.classifier])
+        self._note_job()
+        self.tracker.start_job(self.record)
+        failures = run_stages(self.config, upstream, self.say, self.tracker)
+        if failures:
+            told = "; ".join(f"{title}: {reason}" for title, reason in failures.items())
+            raise StagesFailedError(f"the model of {self.source.unit} could not be made: {told}")
+        own = set(self._stages_before())
+        self._others = {
+            model.last.path: model
+            for model in stored_models(self.results)
+            if model.adapted and model.classifier.key == self.base.classifier.key and model.last.path not in own
+        }
+
+    def of_others(self) -> list[Choice]:
+        """List the units that the source's model was adapted to by other jobs, in the same way, when the watcher began."""
+        wanted = (self.config.watch.method, self.config.watch.seed)
+        origins = {path: model.origin for path, model in self._others.items()}
+        found = {path: origin for path, origin in origins.items() if (origin.method, origin.seed) == wanted}
+        return [Choice(path, o.target, o.granularity, o.unit) for path, o in sorted(found.items())]
+
+    def adapted_to(self, target: str, granularity: Granularity, unit: str, plates: Sequence[str]) -> Choice:
+        """Plan the adaptation to a unit by what is known of the target.
+
+        Parameters
+        ----------
+        target, granularity, unit
+            The unit.
+        plates
+            What the adaptation may know of.
+
+        Raises
+        ------
+        DataError
+            When tiles have no partner and `adapt.no_partner` is `error`.
+        """
+        stage = self._plan(target, granularity, unit, plates)
+        return Choice(stage.path, target, granularity, unit, tuple(plates))
+
+    def make(self, choices: Iterable[Choice]) -> dict[str, str]:
+        """Train those of some models that are not finished, side by side.
+
+        Returns
+        -------
+        dict
+            Path of the stage to reason of those that failed.
+        """
+        stages = {choice.stage: self._stage(choice) for choice in choices if choice.plates}
+        self._planned |= stages
+        if not stages:
+            return {}
+        self._note_job()
+        failures = run_stages(self.config, list(stages.values()), self.say, self.tracker)
+        return {path: failures[stage.title] for path, stage in stages.items() if stage.title in failures}
+
+    def export(self, choice: Choice) -> Export:
+        """Give a finished model in the form that stands alone."""
+        if choice.stage == self.source.stage:
+            return export_of(self.config, StoredModel(self.base.classifier, None))
+        if choice.plates:
+            return export_of(self.config, StoredModel(self.base.classifier, self._stage(choice)))
+        return export_of(self.config, self._others[choice.stage])
+
+    def seconds(self, choice: Choice) -> float:
+        """How long the adaptation of a model took (s); 0 for one that was there."""
+        return float((self._stage(choice).facts(self.results) or {}).get("seconds", 0.0)) if choice.plates else 0.0
+
+    def _stage(self, choice: Choice) -> Stage:
+        """Find or plan the adaptation of a choice."""
+        planned = self._planned.get(choice.stage)
+        return planned or self._plan(choice.target, choice.granularity, choice.unit, choice.plates)
+
+    def _plan(self, target: str, granularity: Granularity, unit: str, plates: Sequence[str]) -> Stage:
+        """Plan an adaptation that knows of some plates."""
+        extractor, config = self.base.extractor, self.config
+        if extractor is None:
+            raise TypeError(f"{self.base.method} has no feature extractor to adapt")
+        knowing = config.model_copy(update={"adapt": config.adapt.model_copy(update={"plates": list(plates)})})
+        return adapt(knowing, extractor, target, granularity=granularity, unit=unit, seed=config.watch.seed)
+
+    def _note_job(self) -> None:
+        """Write the record of the watcher's job, by which its models are found and exported."""
+        settings = self.config.watch
+        targets = sorted({path.partition("/")[0] for path in self._store().plates(settings.targets)} - {self.source.unit})
+        record = job_record(
+            self.config,
+            key=self.key,
+            kind="watch",
+            name=f"watch, {settings.method} from {self.source.unit}, policy {settings.policy}",
+            command=self.command,
+            pairs=[(self.source.unit, target) for target in targets] or [(self.source.unit, self.source.unit)],
+            transfers=[],
+            stages=[*with_needs([self.base.classifier]), *self._planned.values()],
+        )
+        stages = list(dict.fromkeys([*self._stages_before(), *record["stages"]]))
+        # Not whole: it never is, and nothing but the watcher itself ends its run.
+        self.record = {**record, "stages": stages, "whole": False}
+        self.results.write(f"jobs/{self.key}.json", json.dumps(self.record, indent=1).encode())
+
+    def _stages_before(self) -> list[str]:
+        """Read the stages of the same job, as a watcher before this one noted them."""
+        try:
+            return list(json.loads(self.results.read(f"jobs/{self.key}.json"))["stages"])
+        except FileNotFoundError:
+            return []
+
+    def _store(self) -> TileStore:
+        """Open the tile store."""
+        return TileStore.open(open_place(self.config.tiles), preparation_of(self.config))

@@ -1,0 +1,397 @@
+"""The watcher: every plate that arrives is prepared, checked, compared, predicted with the model that fits it, and reported.
+
+    bucket ──► arrived ─ ingest ─► ingested ─ check ─► checked ─ choose ─► chosen ─ adapt, predict ─► predicted ─ report ─► reported
+                  └───────────────── a step that fails: tried again later, in the end set aside ────────────────┘
+
+The ledger is the only memory. A step is a look-up where it was done before, and its entry is written after it, so that a watcher that
+is killed anywhere goes on where it was. All plates of a look go through a step before any goes through the next, and the adaptations
+that they ask for run side by side.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from coda_ray.analysis.drift import Controls
+from coda_ray.config import Config
+from coda_ray.jump.ingest import IngestError, run_ingest
+from coda_ray.jump.layout import PlateName
+from coda_ray.jump.tables import CONTROL, NEGATIVE_CONTROL, Tables, read_tables, wells_expected
+from coda_ray.learn.exported import ModelError
+from coda_ray.online.arrivals import Arrivals, complete_batch
+from coda_ray.online.board import ASIDE, DONE, FAILED, STEP_AFTER, Course, courses, plates_table
+from coda_ray.online.lease import Lease
+from coda_ray.online.ledger import Ledger
+from coda_ray.online.meter import DriftMeter, Progress, plates_of, read_table, tiles_of_plate
+from coda_ray.online.serving import Choice, Models, Say
+from coda_ray.pipeline import data
+from coda_ray.pipeline.predict import PredictionError, predict, predictions_folder
+from coda_ray.storage import Folder, open_place
+from coda_ray.tiles.store import TileIndex
+from coda_ray.tiles.stream import UnreadableTilesError
+from coda_ray.tracking.figures import figure_png
+from coda_ray.tracking.records import WATCHED
+from coda_ray.tracking.registry import RegistryError, register
+from coda_ray.tracking.runs import Tracker
+from coda_ray.tracking.watch_figures import drift_figure
+from coda_ray.training.checkpoints import DamagedFileError
+
+KNOWN = "known"
+TABLE, FIGURE = "plates.csv", "drift.png"
+# What speaks of one plate, unless storage is behind it.
+PLATE_ERRORS = (
+    ValueError, IngestError, PredictionError, UnreadableTilesError, ModelError, DamagedFileError, RegistryError, FileNotFoundError,
+)  # fmt: skip
+Reached = tuple[str, dict[str, Any]]
+
+
+class UnfitPlateError(ValueError):
+    """A plate that no later try can mend: it is set aside at once."""
+
+
+def watch_folder(config: Config) -> Folder:
+    """Open the folder of the ledger, the lease and the report."""
+    if config.watch.out:
+        return open_place(config.results.model_copy(update={"address": config.watch.out}))
+    return open_place(config.results).child("watch")
+
+
+class Watcher:
+    """Takes new plates to their predictions; Ray must be running.
+
+    Parameters
+    ----------
+    config
+        Settings; section `watch` says what.
+    models
+        The models; begun.
+    ledger
+        What was done.
+    lease
+        Held: nobody else works on the ledger.
+    tracker
+        MLflow.
+    say
+        Receives lines of progress.
+    progress
+        Makes the progress of a title and a unit, as `progress.progress_bar`.
+    clock
+        Unix time (s).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        models: Models,
+        ledger: Ledger,
+        lease: Lease,
+        tracker: Tracker,
+        say: Say,
+        progress: Progress,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.config, self.models, self.ledger, self.lease = config, models, ledger, lease
+        self.tracker, self.say, self.progress, self.clock = tracker, say, progress, clock
+        self.settings, self.folder = config.watch, watch_folder(config)
+        self.arrivals = Arrivals(config, clock)
+        self.meter = DriftMeter(config, models.export(models.source).model, progress)
+        self.failed = 0
+        self._waiting: dict[PlateName, str] = {}
+        self._note_units()
+
+    def look(self) -> bool:
+        """Look at the bucket once, and take every plate as far as it goes.
+
+        Returns
+        -------
+        bool
+            Whether anything was done.
+
+        Raises
+        ------
+        OSError
+            When storage does not answer.
+        LostLeaseError, LostLedgerError
+            When another watcher has taken over.
+        """
+        before = len(self.ledger.entries)
+        self._arrive()
+        self._step_all("arrived")
+        self._embed(self._due("ingested"))
+        self._step_all("ingested")
+        self._step_all("checked")
+        self._adapt(self._due("chosen"))
+        self._step_all("chosen")
+        self._step_all("predicted")
+        if len(self.ledger.entries) == before:
+            return False
+        self._tabulate()
+        return True
+
+    def _arrive(self) -> None:
+        """Note plates that are new."""
+        self.lease.check()
+        arrived, waiting = self.arrivals.look(set(courses(self.ledger.entries)))
+        for arrival in arrived:
+            self._note(arrival.plate, "arrived", sites=arrival.sites, missing=arrival.missing)
+        for one in waiting:
+            self._wait(one.plate, one.reason)
+
+    def _due(self, state: str) -> list[Course]:
+        """List the plates in a state that may be tried now, in the order of arrival."""
+        found, now = courses(self.ledger.entries).values(), self.clock()
+        return [course for course in found if course.state == state and course.is_due(now, self.settings.retry_after_s)]
+
+    def _step_all(self, state: str) -> None:
+        """Take all plates of a state one step on."""
+        for course in self._due(state):
+            step = STEP_AFTER[state]
+            try:
+                reached: Reached | None = getattr(self, f"_{step}")(course)
+            except PLATE_ERRORS as error:
+                self._fail(course, step, error)
+                continue
+            if reached:
+                self._note(course.plate, reached[0], **reached[1])
+
+    def _note(self, plate: PlateName, state: str, **facts: Any) -> None:
+        """Write an entry; the lease is looked at first."""
+        self.lease.check()
+        self.ledger.append(plate, state, **facts)
+        told = ", ".join(f"{name} {_short(value)}" for name, value in facts.items() if isinstance(value, int | float | str))
+        self.say(f"{'/'.join(plate)}: {state}{f': {told}' if told else ''}")
+
+    def _wait(self, plate: PlateName, reason: str) -> None:
+        """Say once why a plate waits."""
+        if self._waiting.get(plate) != reason:
+            self.say(f"{'/'.join(plate)}: waiting: {reason}")
+            self._waiting[plate] = reason
+
+    def _fail(self, course: Course, step: str, error: Exception) -> None:
+        """Note a failed try, and set the plate aside after the last.
+
+        Raises
+        ------
+        OSError
+            When storage is behind it: that is no plate's fault.
+        """
+        outage = _outage(error)
+        if outage is not None:
+            raise OSError(str(error)) from outage
+        self.failed += 1
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        self._note(course.plate, FAILED, step=step, reason=reason)
+        if isinstance(error, UnfitPlateError) or len(course.failures) + 1 >= self.settings.tries:
+            self._note(course.plate, ASIDE, reason=reason)
+
+    # The steps: each gives the state that is reached and what is noted, or nothing where the plate has to wait.
+
+    def _ingest(self, course: Course) -> Reached:
+        """Prepare the tiles of a plate."""
+        plate = course.plate
+        wanted = self.config.ingest.model_copy(update={"sources": [plate.source], "plates": [plate.plate]})
+        config = self.config.model_copy(update={"ingest": wanted})
+        with self.progress(f"ingesting {plate.plate}", "sites") as show:
+            done = run_ingest(config, lambda now: show(now.sites_done, now.sites_total))
+        if done.left_out:
+            raise IngestError("; ".join(done.notes))
+        data.forget()
+        folder = data.load_tiles(self.config, plate.source).folder
+        note = json.loads(folder.read(f"{'/'.join(plate)}/plate.json"))
+        return "ingested", {"tiles": note["tiles"], "quarantined": note["quarantined"]}
+
+    def _check(self, course: Course) -> Reached:
+        """Judge the tiles of a plate, and measure how far its controls are from the source's."""
+        index = tiles_of_plate(self.config, course.plate)
+        wells, expected = set(index.frame["Metadata_Well"]), set(wells_expected(course.plate, self._tables()))
+        if not wells or len(wells & expected) < self.settings.min_wells * len(expected):
+            raise UnfitPlateError(
+                f"{len(wells)} of {len(expected)} wells have a tile, less than watch.min_wells = {self.settings.min_wells}; "
+                "quarantine.parquet of the plate says why"
+            )
+        self.meter.embed([index], f"embedding {course.plate.plate}")
+        own = self.meter.controls([course.plate])
+        drift = None if own is None else round(self.meter.reference.drift(own), 4)
+        images = int((index.frame[CONTROL] == NEGATIVE_CONTROL).sum())
+        return "checked", {"wells": len(wells), "expected": len(expected), "controls": images, "drift_source": drift}
+
+    def _choose(self, course: Course) -> Reached | None:
+        """Choose the model of a plate, by the policy."""
+        policy, threshold = self.settings.policy, self.meter.threshold
+        near, distance = self._nearest(course)
+        facts: dict[str, Any] = {"nearest": near.text, "drift_nearest": distance, "threshold": threshold}
+        if policy == "batch":
+            choice, why = self._batch_model(course), "its batch is complete"
+            if choice is None:
+                return None
+        elif policy == "plate":
+            choice, why = self._plate_model(course), "policy plate"
+        elif distance is None or threshold is None:
+            choice, why = near, "its drift cannot be measured"
+        elif distance > threshold:
+            choice, why = self._plate_model(course), "further than the threshold from all that is known"
+        else:
+            choice, why = near, "nearest"
+        return "chosen", {"model": choice.text, "why": why, **facts, **choice.facts}
+
+    def _predict(self, course: Course) -> Reached:
+        """Predict a plate with its model, and register the model where that is wanted."""
+        choice = Choice.of(course.facts["chosen"])
+        export = self.models.export(choice)
+        with self.progress(f"predicting {course.plate.plate}", "tiles") as show:
+            predict(self.config, export.model, tiles_of_plate(self.config, course.plate), show)
+        folder = predictions_folder(self.config, export.model.key).child("/".join(course.plate))
+        wells, note = read_table(folder, "wells.parquet"), json.loads(folder.read("plate.json"))
+        agreement = float(np.nanmean(wells["replicate_agreement"])) if wells["replicate_agreement"].notna().any() else None
+        facts = {
+            "key": export.model.key,
+            "folder": folder.address(),
+            "images": note["images"],
+            "unreadable": note["unreadable"],
+            "confidence": round(float(wells["confidence"].mean()), 4),
+            "replicate_agreement": agreement if agreement is None else round(agreement, 4),
+        }
+        if self.settings.register_as:
+            origin = export.model.description["origin"]
+            made = register(self.config, self.settings.register_as, export.files, export.model.key, origin)
+            facts["version"] = made.address
+        return "predicted", facts
+
+    def _report(self, course: Course) -> Reached:
+        """Keep the record of a plate, and send it with its picture to MLflow."""
+        chosen, predicted = course.facts["chosen"], course.facts["predicted"]
+        record = {
+            "key": f"{self.models.key} {'/'.join(course.plate)}",
+            "job": self.models.key,
+            "number": list(courses(self.ledger.entries)).index(course.plate) + 1,
+            **course.plate._asdict(),
+            **{name: value for state in STEP_AFTER for name, value in course.facts[state].items()},
+            "tries": len(course.failures) + 1,
+            "adaptation_seconds": self.models.seconds(Choice.of(chosen)),
+        }
+        path = f"{WATCHED}/{self.models.key}/{'_'.join(course.plate)}.json"
+        open_place(self.config.results).write(path, json.dumps(record, indent=1).encode())
+        picture = predictions_folder(self.config, predicted["key"]).read(f"{'/'.join(course.plate)}/plate.png")
+        self.tracker.plate(record, picture)
+        return DONE, {"key": predicted["key"]}
+
+    # What all plates of a look share.
+
+    def _embed(self, due: Sequence[Course]) -> None:
+        """Embed plates in one go, before they are checked one by one, which tells of which one an error speaks."""
+        try:
+            indices = [tiles_of_plate(self.config, course.plate) for course in due]
+            if indices:
+                self.meter.embed(indices, f"embedding {len(indices)} plates")
+        except PLATE_ERRORS as error:
+            if len(due) > 1:
+                self.say(f"plates are embedded one by one, because together: {error}")
+
+    def _adapt(self, due: Sequence[Course]) -> None:
+        """Train the models that plates wait for, side by side; a plate whose model failed chooses anew, later."""
+        failures = self.models.make([Choice.of(course.facts["chosen"]) for course in due])
+        for course in due:
+            if reason := failures.get(course.facts["chosen"]["stage"]):
+                self._fail(course, "adapt", RuntimeError(reason))
+
+    def _tabulate(self) -> None:
+        """Write the table of all plates and the picture of their drift."""
+        table = plates_table(courses(self.ledger.entries).values())
+        files = {TABLE: table.to_csv(index=False).encode(), FIGURE: figure_png(drift_figure(table))}
+        for name, content in files.items():
+            self.folder.write(name, content)
+        self.tracker.watched(table, files)
+
+    # Models, and what they may know.
+
+    def _plate_model(self, course: Course) -> Choice:
+        """Plan an adaptation to a plate, by the plates that came before it."""
+        plate = course.plate
+        return self.models.adapted_to(plate.source, "plate", plate.plate, self._known_until(plate.source, course.number))
+
+    def _batch_model(self, course: Course) -> Choice | None:
+        """Plan an adaptation to a plate's batch, once all its plates are there or set aside."""
+        plate, found = course.plate, courses(self.ledger.entries)
+        batch = complete_batch(self._tables(), plate.source, plate.batch, self.config.ingest.plate_types)
+        missing = [name.plate for name in batch if name not in found or found[name].state in ("arrived", "ingested")]
+        if missing:
+            self._wait(plate, f"its batch lacks {len(missing)} of {len(batch)} plates: {', '.join(missing[:5])}")
+            return None
+        last = max(found[name].number for name in batch if found[name].state != ASIDE)
+        return self.models.adapted_to(plate.source, "batch", plate.batch, self._known_until(plate.source, last))
+
+    def _known_until(self, source: str, number: int) -> list[str]:
+        """Name the plates of a source that came until then and have tiles."""
+        found = courses(self.ledger.entries).values()
+        known = [course for course in found if course.number <= number and course.plate.source == source]
+        return [course.plate.plate for course in known if course.state not in ("arrived", "ingested", ASIDE)]
+
+    def _nearest(self, course: Course) -> tuple[Choice, float | None]:
+        """Find the model whose unit a plate's controls are least distant from."""
+        own, reference = self.meter.controls([course.plate]), self.meter.reference
+        if own is None:
+            return self.models.source, None
+        known = [(self.models.source, reference.source), *self._units(course)]
+        distances = [reference.distance(own, controls) for _, controls in known]
+        nearest = int(np.argmin(distances))
+        return known[nearest][0], round(distances[nearest], 4)
+
+    def _units(self, course: Course) -> Iterator[tuple[Choice, Controls]]:
+        """Give the units adapted to, by other jobs and for plates that came before this one, with their controls."""
+        by_others = [Choice.of(facts) for entry in self.ledger.entries if entry.state == KNOWN for facts in entry.facts["units"]]
+        found = courses(self.ledger.entries).values()
+        earlier = [other for other in found if other.number < course.number and "chosen" in other.facts]
+        own = [Choice.of(other.facts["chosen"]) for other in earlier if other.state not in ("checked", ASIDE)]
+        for choice in dict.fromkeys([*by_others, *(choice for choice in own if choice.plates)]):
+            controls = self.meter.controls(self._plates_of(choice))
+            if controls is not None:
+                yield choice, controls
+
+    def _plates_of(self, choice: Choice) -> list[PlateName]:
+        """List the plates of a unit that are in the tile store, embedded."""
+        index = self._tiles_of_unit(choice)
+        if index is None:
+            return []
+        if not choice.plates:
+            self.meter.embed([index], f"embedding {choice.text}")
+        return plates_of(index)
+
+    def _tiles_of_unit(self, choice: Choice) -> TileIndex | None:
+        """Load the tiles of a unit, as far as its adaptation knew of them; None where there are none."""
+        try:
+            index = data.load_tiles(self.config, choice.target).without_labels().unit(choice.granularity, choice.unit)
+        except FileNotFoundError:
+            return None
+        known = index.where(index.frame["Metadata_Plate"].isin(choice.plates)) if choice.plates else index
+        return known if len(known) else None
+
+    def _note_units(self) -> None:
+        """Note the units that other jobs adapted to meanwhile."""
+        noted = {facts["stage"] for entry in self.ledger.entries if entry.state == KNOWN for facts in entry.facts["units"]}
+        fresh = [choice.facts for choice in self.models.of_others() if choice.stage not in noted]
+        if fresh:
+            self.lease.check()
+            self.ledger.append(None, KNOWN, units=fresh)
+
+    def _tables(self) -> Tables:
+        """Read the metadata tables, which grow."""
+        return read_tables(open_place(self.config.metadata))
+
+
+def _outage(error: BaseException) -> OSError | None:
+    """Find an error of storage behind an error; a file that is not there is none."""
+    under: BaseException | None = error
+    while under is not None:
+        if isinstance(under, OSError) and not isinstance(under, FileNotFoundError | DamagedFileError):
+            return under
+        inner: Mapping[str, Any] = vars(under)
+        under = inner.get("cause") or under.__cause__
+    return None
+
+
+def _short(value: float | str) -> str:
+    """Spell a value for people."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

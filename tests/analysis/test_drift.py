@@ -1,0 +1,63 @@
+"""Drift: zero for the same controls, growing with what a microscope changes, and beyond the ordinary only then."""
+
+import numpy as np
+import pytest
+
+from coda_ray.analysis.drift import BEYOND_THE_ORDINARY, Controls, Reference
+
+D = 32
+
+
+def plates(count, *, shift=0.0, gain=1.0, seed=0, images=60):
+    """Features of plates that differ a little by batch, under a change of microscope."""
+    rng = np.random.default_rng(seed)
+    scale = np.random.default_rng(9).uniform(0.5, 2, D)
+    found = []
+    for _ in range(count):
+        batch = rng.normal(0, 0.1, D)
+        found.append(shift + gain * scale * (rng.normal(size=(images, D)) + batch))
+    return found
+
+
+def test_it_is_the_distance_of_diagonal_normal_distributions():
+    one, other = plates(1, seed=1)[0], plates(1, seed=2, shift=1.0, gain=1.3)[0]
+    reference = Reference.of(plates(3))
+    std = np.concatenate(plates(3)).std(0)
+    # Dowson & Landau: |m - m'|² + tr(S + S' - 2 (S S')^½), feature by feature.
+    square = [
+        ((a.mean() - b.mean()) ** 2 + a.var() + b.var() - 2 * np.sqrt(a.var() * b.var())) / s**2
+        for a, b, s in zip(one.T, other.T, std, strict=True)
+    ]
+    assert reference.distance(Controls.of(one), Controls.of(other)) == pytest.approx(np.sqrt(np.mean(square)))
+    assert reference.distance(Controls.of(one), Controls.of(one)) == 0
+
+
+def test_another_microscope_is_beyond_the_ordinary_and_another_plate_is_not():
+    reference = Reference.of(plates(6))
+    assert len(reference.between) == 6
+    assert reference.threshold == pytest.approx(BEYOND_THE_ORDINARY * max(reference.between))
+    for seed in range(1, 8):
+        assert reference.drift(Controls.of(plates(1, seed=seed)[0])) < reference.threshold
+        assert reference.drift(Controls.of(plates(1, seed=seed, shift=0.6)[0])) > reference.threshold
+        assert reference.drift(Controls.of(plates(1, seed=seed, gain=1.6)[0])) > reference.threshold
+
+
+def test_the_distances_of_the_sources_plates_leave_the_plate_itself_out():
+    known = plates(3)
+    reference = Reference.of(known)
+    rest = Controls.of(np.concatenate(known[1:]))
+    assert reference.between[0] == pytest.approx(reference.distance(Controls.of(known[0]), rest))
+
+
+def test_constant_features_and_single_plates_are_no_trouble():
+    known = plates(2)
+    for plate in known:
+        plate[:, 0] = 3.0
+    assert np.isfinite(Reference.of(known).drift(Controls.of(known[0] + 1)))
+    single = Reference.of(known[:1])
+    assert (single.between, single.threshold) == ((), None)
+    assert Reference.of([known[0], known[1][:0]]).between == ()
+    with pytest.raises(ValueError, match="no DMSO image"):
+        Reference.of([known[0][:0]])
+    with pytest.raises(ValueError, match="no DMSO image"):
+        Controls.of(known[0][:0])

@@ -7,7 +7,7 @@ export UV_PYTHON_DOWNLOADS := never
 COMPILE := pip compile --quiet --universal --generate-hashes --python-version 3.11 --extra dev --extra harmony --extra server \
 	--custom-compile-command "make lock" pyproject.toml
 
-.PHONY: setup demo notebooks test test-fast test-long check lock format clean
+.PHONY: setup demo online-demo notebooks test test-fast test-long check lock format clean
 
 setup: .venv/.synced  ## Make .venv from the lock
 
@@ -23,6 +23,9 @@ $(UV):
 
 demo: setup  ## Simulate a bucket, serve it by S3, ingest, adapt, compare
 	$(RUN) jobs/demo.py
+
+online-demo: setup  ## Plates arrive one by one: watched, adapted to, predicted; killed in the middle, and still the same
+	$(RUN) jobs/online_demo.py
 
 notebooks: setup  ## Run the notebooks again and keep their outputs
 	$(RUN) notebooks/run.py
@@ -51,5 +54,5 @@ format: setup  ## Format and mend what ruff can mend
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-clean:  ## Delete what the demo and the notebooks made
-	rm -rf demo notebooks/work
+clean:  ## Delete what the demos and the notebooks made
+	rm -rf demo online-demo notebooks/work

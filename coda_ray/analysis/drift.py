@@ -1,8 +1,9 @@
 """Drift: how far the DMSO images of a plate lie from those of plates that are known, in features of one extractor.
 
-A plate's DMSO images are described by the mean and standard deviation of each feature. The distance of two such descriptions is the
-2-Wasserstein distance of normal distributions with diagonal covariance (Dowson & Landau, J. Multivar. Anal. 1982), per feature, in
-standard deviations of the source: 1 means that the controls are shifted, or spread, by as much as the source's images differ.
+A plate's DMSO images are described by the mean and standard deviation of each feature. The distance of two such descriptions is
+the 2-Wasserstein distance of normal distributions with diagonal covariance (Dowson & Landau, J. Multivar. Anal. 1982), per
+feature, in standard deviations of the source: 1 means that the controls are shifted, or spread, by as much as the source's images
+differ.
 """
 
 from collections.abc import Sequence

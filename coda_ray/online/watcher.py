@@ -1,11 +1,11 @@
 """The watcher: every plate that arrives is prepared, checked, compared, predicted with the model that fits it, and reported.
 
-    bucket ──► arrived ─ ingest ─► ingested ─ check ─► checked ─ choose ─► chosen ─ adapt, predict ─► predicted ─ report ─► reported
-                  └───────────────── a step that fails: tried again later, in the end set aside ────────────────┘
+    arrived ─ ingest ─► ingested ─ check ─► checked ─ choose ─► chosen ─ adapt, predict ─► predicted ─ report ─► reported
+       └────────────────── a step that fails is tried again later; in the end the plate is set aside ──────────┘
 
-The ledger is the only memory. A step is a look-up where it was done before, and its entry is written after it, so that a watcher that
-is killed anywhere goes on where it was. All plates of a look go through a step before any goes through the next, and the adaptations
-that they ask for run side by side.
+The ledger is the only memory. A step is a look-up where it was done before, and its entry is written after it, so that a watcher
+that is killed anywhere goes on where it was. All plates of a look go through a step before any goes through the next, and the
+adaptations that they ask for run side by side.
 """
 
 import json
@@ -43,7 +43,8 @@ KNOWN = "known"
 TABLE, FIGURE = "plates.csv", "drift.png"
 # What speaks of one plate, unless storage is behind it.
 PLATE_ERRORS = (
-    ValueError, IngestError, PredictionError, UnreadableTilesError, ModelError, DamagedFileError, RegistryError, FileNotFoundError,
+    ValueError, IngestError, PredictionError, UnreadableTilesError, ModelError, DamagedFileError, RegistryError,
+    FileNotFoundError,
 )  # fmt: skip
 Reached = tuple[str, dict[str, Any]]
 

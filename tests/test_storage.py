@@ -183,9 +183,7 @@ def refusal(code):
     """What s3fs raises where the server gives this code and names no condition."""
     from s3fs.errors import translate_boto_error
 
-    return translate_boto_error(
-        ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")
-    )
+    return translate_boto_error(ClientError({"Error": {"Code": code}}, "PutObject"))
 
 
 @pytest.mark.parametrize("written", [True, False])

@@ -7,8 +7,10 @@ not there is told at once. Keys come from the environment, as every AWS tool rea
 import logging
 import os
 import random
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -33,6 +35,30 @@ ATTEMPTS = 5
 FIRST_WAIT_S = 0.5
 # What a second try cannot mend.
 FINAL = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
+# A file that `_beside` is writing, or that a process left there when it died.
+_PART = re.compile(r"\.[0-9a-f]{32}\.part$")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of a folder.
+
+    Parameters
+    ----------
+    path
+        Relative to the folder that was asked.
+    size
+        Bytes.
+    modified
+        When it was last written, by the clock of the storage (unix s).
+    tag
+        Differs between versions of the file: the ETag, or the time of change in ns.
+    """
+
+    path: str
+    size: int
+    modified: float
+    tag: str
 
 
 @dataclass(frozen=True)
@@ -89,6 +115,49 @@ class Folder:
         entries = {str(name).rstrip("/").rsplit("/", 1)[-1] for name in found if str(name).rstrip("/") != self.path(relative)}
         return sorted(entries)
 
+    def files(self, relative: str = "") -> list[StoredFile]:
+        """List every file below a folder, however deep, as it is now.
+
+        Parameters
+        ----------
+        relative
+            The folder; by default this one.
+
+        Returns
+        -------
+        list of StoredFile
+            Sorted by path, which is relative to this folder; empty where there is none.
+
+        Raises
+        ------
+        OSError
+            When permission or network errors outlast the retries.
+        """
+        find = self._local_files if self.is_local else self._remote_files
+        try:
+            return sorted(retrying(lambda: list(find(relative)), self.address(relative)), key=lambda file: file.path)
+        except FileNotFoundError:
+            return []
+
+    def _local_files(self, relative: str) -> Iterator[StoredFile]:
+        """Files of a folder of this machine; one that goes away meanwhile is passed over."""
+        for folder, _, names in os.walk(self.path(relative), onerror=_raise_unless_gone):
+            for name in names:
+                path = f"{folder}/{name}"
+                try:
+                    found = os.stat(path)
+                except FileNotFoundError:
+                    continue
+                if not _PART.search(name):
+                    yield StoredFile(path.removeprefix(f"{self.root}/"), found.st_size, found.st_mtime, str(found.st_mtime_ns))
+
+    def _remote_files(self, relative: str) -> Iterator[StoredFile]:
+        """Files below a prefix of a bucket, without the empty objects that some tools write for folders."""
+        for path, found in self.fs.find(self.path(relative), detail=True).items():
+            if found["type"] == "file" and path != self.path(relative) and not path.endswith("/"):
+                modified, tag = found["LastModified"].timestamp(), str(found["ETag"]).strip('"')
+                yield StoredFile(path.removeprefix(f"{self.root}/"), found["size"], modified, tag)
+
     def read(self, relative: str) -> bytes:
         """Read a whole file.
 
@@ -103,10 +172,14 @@ class Folder:
 
     def read_address(self, address: str) -> bytes:
         """Read a file by its full address, which may lie outside this folder (a local path, or another bucket here)."""
+        there = self.at(address)
+        return retrying(lambda: cast(bytes, there.fs.cat_file(there.root)), address)
+
+    def at(self, address: str) -> "Folder":
+        """Open a full address, which may lie outside this folder (a local path, or another bucket here)."""
         if self.is_local or not address.startswith("s3://"):
-            local = LocalFileSystem()
-            return retrying(lambda: cast(bytes, local.cat_file(address.removeprefix("file://"))), address)
-        return retrying(lambda: cast(bytes, self.fs.cat_file(address.removeprefix("s3://"))), address)
+            return Folder(LocalFileSystem(), address.removeprefix("file://"))
+        return Folder(self.fs, address.removeprefix("s3://"))
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes | Exception]:
         """Read byte ranges `(relative path, start, end)` concurrently.
@@ -144,13 +217,73 @@ class Folder:
         if not self.is_local:
             retrying(lambda: self.fs.pipe_file(path, data), self.address(relative))
             return
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        temporary = f"{path}.{uuid4().hex}.part"
+        with _beside(path, data) as part:
+            os.replace(part, path)
+
+    def create(self, relative: str, data: bytes) -> bool:
+        """Write a whole file where none is; of several who do so at once, one succeeds.
+
+        Parameters
+        ----------
+        relative
+            The file.
+        data
+            Its content, which must differ from what anybody else writes there, as by a random number: after an answer that
+            was lost, the content alone tells whose file it is.
+
+        Returns
+        -------
+        bool
+            Whether this call wrote it; False where a file is there already, which stays as it is.
+
+        Raises
+        ------
+        OSError
+            When permission or network errors outlast the retries. The file may be there, or not.
+        """
         try:
-            Path(temporary).write_bytes(data)
-            os.replace(temporary, path)
+            retrying(lambda: self._create(self.path(relative), data), self.address(relative))
+        except FileExistsError:
+            return self.read(relative) == data
+        return True
+
+    def _create(self, path: str, data: bytes) -> None:
+        """One attempt at an exclusive write; FileExistsError where there is a file."""
+        if self.is_local:
+            with _beside(path, data) as part:
+                os.link(part, path)
+            return
+        try:
+            self.fs.pipe_file(path, data, mode="create")
+        except OSError as error:
+            # The name of the condition, by which s3fs knows this refusal, is missing from the answers of some servers.
+            if _code(error) in ("PreconditionFailed", "412"):
+                raise FileExistsError(path) from error
+            raise
+
+    def refuses_overwrites(self, relative: str) -> None:
+        """Make sure that `create` is exclusive here, by creating one file twice.
+
+        Parameters
+        ----------
+        relative
+            Beginning of the name of that file, which is deleted afterwards.
+
+        Raises
+        ------
+        OSError
+            When the second write was not refused.
+        """
+        probe = f"{relative}.{uuid4().hex}"
+        try:
+            refused = self.create(probe, b"first") and not self.create(probe, b"second")
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            self.delete(probe)
+        if not refused:
+            raise OSError(
+                f"{self.address(relative)}: this S3 server ignores conditional writes (If-None-Match), without which two writers "
+                "overwrite each other; give an address on AWS or another server that knows them, or a shared folder"
+            )
 
     def delete(self, relative: str) -> None:
         """Delete a file or a folder with all that is in it; nothing happens where there is none."""
@@ -252,6 +385,24 @@ def _wait_or_raise(error: Exception, attempt: int, what: str) -> None:
     time.sleep(wait)
 
 
+@contextmanager
+def _beside(path: str, data: bytes) -> Iterator[str]:
+    """Write a temporary file into the folder of another one, which is made where it is not there; delete it afterwards."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    part = f"{path}.{uuid4().hex}.part"
+    try:
+        Path(part).write_bytes(data)
+        yield part
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """Raise an error of `os.walk`, which would pass over folders that it may not read."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
 @cache
 def _storage_errors() -> tuple[type[Exception], ...]:
     """Errors of permission and network; some are looked up here, because their libraries take long to import."""
@@ -263,5 +414,10 @@ def _storage_errors() -> tuple[type[Exception], ...]:
 
 def _is_past_the_end(result: bytes | Exception) -> bool:
     """Whether an S3 server refused a range because the file ends before it; a folder gives no bytes."""
-    cause = result.__cause__ if isinstance(result, OSError) else None
-    return isinstance(cause, ClientError) and cause.response["Error"].get("Code") in ("InvalidRange", "416")
+    return isinstance(result, OSError) and _code(result) in ("InvalidRange", "416")
+
+
+def _code(error: OSError) -> str | None:
+    """Code of the S3 answer behind an error."""
+    cause = error.__cause__
+    return cause.response["Error"].get("Code") if isinstance(cause, ClientError) else None

@@ -1,14 +1,24 @@
+import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
 
 import pytest
 from aiohttp import ClientPayloadError
-from botocore.exceptions import ConnectionClosedError, EndpointConnectionError
+from botocore.exceptions import ClientError, ConnectionClosedError, EndpointConnectionError
 
 from coda_ray import storage
 from coda_ray.config import Place
 from coda_ray.jump.simulate.serve import serve_folder
 from coda_ray.storage import open_place, retrying
 from conftest import KEY
+
+BROKEN = [
+    EndpointConnectionError(endpoint_url="http://nowhere"),
+    ConnectionClosedError(endpoint_url="http://nowhere"),
+    ClientPayloadError("cut short"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +52,30 @@ def place(request, served, tmp_path):
     )
 
 
+@pytest.fixture(scope="module")
+def conditional():
+    """An S3 server that knows conditional writes."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        url = "http://{}:{}".format(*server.get_host_and_port())
+        s3fs.S3FileSystem(endpoint_url=url, key=KEY[0], secret=KEY[1], skip_instance_cache=True).mkdir("bucket")
+        yield url
+    finally:
+        server.stop()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def exclusive(request, conditional, tmp_path):
+    """An empty place of each kind that refuses overwrites."""
+    if request.param == "folder":
+        return open_place(Place(address=str(tmp_path / "deep" / "er")))
+    return open_place(Place(address=f"s3://bucket/{tmp_path.name}", endpoint_url=conditional, region="us-east-1"))
+
+
 def test_what_is_written_is_read(place):
     here = open_place(place)
     data = bytes(range(256)) * 500
@@ -62,6 +96,134 @@ def test_names_are_sorted_and_of_one_level(place):
         here.write(name, b"x")
     assert here.names("p") == ["1.txt", "2.txt", "sub"]
     assert here.names() == ["p", "q"]
+
+
+def test_files_of_every_level(place):
+    here = open_place(place)
+    assert here.files() == here.files("none") == []
+    for name in ("p/2.txt", "p/a b+c/1.txt", "q/4.txt", "p2/x"):
+        here.write(name, name.encode())
+    found = here.files("p")
+    assert [(file.path, file.size) for file in found] == [("p/2.txt", 7), ("p/a b+c/1.txt", 13)]
+    assert [file.path for file in here.files()] == ["p/2.txt", "p/a b+c/1.txt", "p2/x", "q/4.txt"]
+    assert [file.path for file in here.child("p").files()] == ["2.txt", "a b+c/1.txt"]
+    assert here.files("p/2.txt") == []
+    here.write("p/2.txt", b"longer than before")
+    again = here.files("p")
+    assert again[0].size == 18
+    assert again[0].tag != found[0].tag
+    assert again[0].modified >= found[0].modified
+    assert again[1] == found[1]
+
+
+def test_files_that_are_being_written_are_not_listed(tmp_path, monkeypatch):
+    here = open_place(Place(address=str(tmp_path)))
+    here.write("x", b"old")
+    seen, real = [], storage.os.replace
+
+    def replace(part, path):
+        assert Path(part).exists()
+        seen.append([file.path for file in here.files()])
+        real(part, path)
+
+    monkeypatch.setattr(storage.os, "replace", replace)
+    here.write("y", b"new")
+    assert seen == [["x"]]
+    assert [file.path for file in here.files()] == ["x", "y"]
+
+
+def test_files_tell_the_time_of_their_last_change(tmp_path):
+    here = open_place(Place(address=str(tmp_path)))
+    here.write("x", b"x")
+    os.utime(tmp_path / "x", (1000.5, 2000.5))
+    assert [file.modified for file in here.files()] == [2000.5]
+
+
+def test_a_file_is_created_once(exclusive):
+    assert exclusive.create("a b/x", b"first")
+    assert not exclusive.create("a b/x", b"second")
+    assert exclusive.read("a b/x") == b"first"
+    assert exclusive.names("a b") == ["x"]
+    exclusive.refuses_overwrites("a b/probe")
+    assert exclusive.names("a b") == ["x"]
+
+
+def test_of_many_who_create_one_file_one_succeeds(tmp_path):
+    here, people = open_place(Place(address=str(tmp_path))), 8
+    start = Barrier(people)
+
+    def create(round_, who):
+        start.wait()
+        return here.create(f"{round_}", f"{who}".encode())
+
+    with ThreadPoolExecutor(people) as pool:
+        for round_ in range(20):
+            won = list(pool.map(create, [round_] * people, range(people)))
+            assert [str(who) for who in range(people) if won[who]] == [here.read(f"{round_}").decode()]
+    assert len(here.names()) == 20
+
+
+def answers_late(monkeypatch, here, error, written):
+    """Let the first exclusive write fail after, or before, it was done."""
+    owner, name = (storage.os, "link") if here.is_local else (here.fs, "pipe_file")
+    real, calls = getattr(owner, name), []
+
+    def late(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) > 1 or written:
+            real(*arguments, **options)
+        if len(calls) == 1:
+            raise error
+
+    monkeypatch.setattr(owner, name, late)
+    return calls
+
+
+def refusal(code):
+    """What s3fs raises where the server gives this code and names no condition."""
+    from s3fs.errors import translate_boto_error
+
+    return translate_boto_error(ClientError({"Error": {"Code": code}}, "PutObject"))
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_after_a_lost_answer_the_file_is_known_as_ones_own(exclusive, monkeypatch, written):
+    calls = answers_late(monkeypatch, exclusive, BROKEN[1], written)
+    assert exclusive.create("x", b"mine")
+    assert len(calls) == 2
+    assert exclusive.read("x") == b"mine"
+
+
+def test_after_a_lost_answer_the_file_of_another_is_told(exclusive, monkeypatch):
+    exclusive.write("x", b"theirs")
+    answers_late(monkeypatch, exclusive, BROKEN[1], written=False)
+    assert not exclusive.create("x", b"mine")
+    assert exclusive.read("x") == b"theirs"
+
+
+@pytest.mark.parametrize("code", ["PreconditionFailed", "412"])
+def test_a_refusal_that_names_no_condition_is_understood(conditional, tmp_path, monkeypatch, code):
+    here = open_place(Place(address=f"s3://bucket/{tmp_path.name}", endpoint_url=conditional))
+    here.write("x", b"theirs")
+    calls = answers_late(monkeypatch, here, refusal(code), written=False)
+    assert not here.create("x", b"mine")
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("code", ["ConditionalRequestConflict", "409"])
+def test_a_conflict_of_two_writes_is_tried_again(conditional, tmp_path, monkeypatch, code):
+    here = open_place(Place(address=f"s3://bucket/{tmp_path.name}", endpoint_url=conditional))
+    calls = answers_late(monkeypatch, here, refusal(code), written=False)
+    assert here.create("x", b"mine")
+    assert len(calls) == 2
+
+
+def test_a_server_that_ignores_conditions_is_found_out(served, tmp_path):
+    _folder, _open, url = served
+    here = open_place(Place(address=f"s3://bucket/{tmp_path.name}", endpoint_url=url, region="us-east-1"))
+    with pytest.raises(OSError, match=r"s3://bucket/.*ledger: this S3 server ignores conditional writes .*shared folder"):
+        here.refuses_overwrites("ledger")
+    assert here.names() == []
 
 
 def test_ranges_and_their_errors(place):
@@ -126,13 +288,6 @@ def test_retrying_gives_the_first_success():
         return answer
 
     assert retrying(call, "x") == "yes"
-
-
-BROKEN = [
-    EndpointConnectionError(endpoint_url="http://nowhere"),
-    ConnectionClosedError(endpoint_url="http://nowhere"),
-    ClientPayloadError("cut short"),
-]
 
 
 @pytest.mark.parametrize("error", BROKEN, ids=lambda error: type(error).__name__)

@@ -1,7 +1,7 @@
 """Plates that arrive one by one, watched twice: undisturbed, and by a watcher that is killed and started again.
 
-A simulated microscope uploads plates to a real S3 server on loopback; one has broken images. The watcher prepares, compares, adapts
-and predicts. In the end both ledgers and all predictions must be equal. Everything lands in `online-demo/`, made anew each time.
+A simulated microscope uploads plates to a real S3 server on loopback; one has broken images. The watcher prepares, compares,
+adapts and predicts. In the end both ledgers and all predictions must be equal. Everything lands in `online-demo/`, made anew.
 """
 
 import json
@@ -227,15 +227,21 @@ def _compare(one: Run, other: Run) -> int:
         shown = ["plate", "state", "tries", "drift_source", "nearest", "drift_nearest", "model", "confidence", "reason"]
         print(f"\n{run.name}:\n{table[shown].to_string(index=False, max_colwidth=60)}")
     ledgers = one.courses() == other.courses()
-    tables = {path.relative_to(one.results) for path in (one.results / "predictions").rglob("*.parquet")}
-    same = tables == {path.relative_to(other.results) for path in (other.results / "predictions").rglob("*.parquet")}
-    same = same and all(pd.read_parquet(one.results / t).equals(pd.read_parquet(other.results / t)) for t in tables)
-    print(
-        f"\nledgers: {'equal' if ledgers else 'DIFFERENT'}; {len(tables)} tables of predictions: {'equal' if same else 'DIFFERENT'}"
-    )
+    folders = [run.results / "predictions" for run in (one, other)]
+    names = [{path.relative_to(folder) for path in folder.rglob("*.parquet")} for folder in folders]
+    same = names[0] == names[1] and all(_equal(folders[0] / name, folders[1] / name) for name in names[0])
+    said = ["equal" if equal else "DIFFERENT" for equal in (ledgers, same)]
+    print(f"\nledgers: {said[0]}; {len(names[0])} tables of predictions: {said[1]}")
     print(f"drift over time: {one.results / 'watch' / 'drift.png'}")
     print(f"MLflow:          mlflow ui --backend-store-uri sqlite:///{one.results.absolute()}/mlflow.db")
     return 0 if ledgers and same else 1
+
+
+def _equal(one: Path, other: Path) -> bool:
+    """Whether two tables hold the same values."""
+    import pandas as pd
+
+    return bool(pd.read_parquet(one).equals(pd.read_parquet(other)))
 
 
 if __name__ == "__main__":

@@ -118,6 +118,9 @@ class Watcher:
         LostLeaseError, LostLedgerError
             When another watcher has taken over.
         """
+        self.lease.check()
+        # An entry whose answer was lost may have been written.
+        self.ledger.refresh()
         before = len(self.ledger.entries)
         self._arrive()
         self._step_all("arrived")
@@ -134,7 +137,6 @@ class Watcher:
 
     def _arrive(self) -> None:
         """Note plates that are new."""
-        self.lease.check()
         arrived, waiting = self.arrivals.look(set(courses(self.ledger.entries)))
         for arrival in arrived:
             self._note(arrival.plate, "arrived", sites=arrival.sites, missing=arrival.missing)

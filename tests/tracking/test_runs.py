@@ -37,7 +37,7 @@ def runs_by_kind(store):
     """Every live run of the experiment, by kind."""
     client = store.client
     experiment = client.get_experiment_by_name(store.experiment)
-    found = {"job": [], "transfer": [], "stage": [], "trial": []}
+    found = {"job": [], "transfer": [], "stage": [], "trial": [], "plate": []}
     for run in client.search_runs([experiment.experiment_id]):
         found[run.data.tags["kind"]].append(run)
     return found
@@ -330,6 +330,55 @@ def test_trials_are_runs_with_values_as_params_below_their_sweep(results, store)
     results.write("jobs/sweep1.json", json.dumps(job | {"whole": True}).encode())
     sync(results, store)
     assert store.client.get_run(sweep.info.run_id).info.status == "FINISHED"
+
+
+def plate_record(number, **changes):
+    """What a watcher keeps of a plate."""
+    record = {
+        "key": f"watch1 B/b0/p{number}", "job": "watch1", "number": number, "source": "B", "batch": "b0", "plate": f"p{number}",
+        "tiles": 72, "quarantined": 1, "wells": 36, "controls": 12, "drift_source": 1.5, "drift_nearest": 0.5 * number,
+        "threshold": 1.0, "nearest": "A", "model": "B plate p1", "why": "nearest", "target": "B", "granularity": "plate",
+        "unit": "p1", "stage": "adapt/aaaa", "images": 71, "unreadable": 0, "confidence": 0.6, "replicate_agreement": None,
+        "adaptation_seconds": 12.5, "tries": 1, "folder": "gone",
+    }  # fmt: skip
+    return record | changes
+
+
+def test_plates_of_a_watcher_are_runs_and_points_of_its_curves_once(results, store, tmp_path):
+    job = {"key": "watch1", "kind": "watch", "name": "watch, coda from A", "command": "python jobs/watch.py", "whole": False}
+    job |= {"config": Config().model_dump(mode="json"), "transfers": [], "stages": []}
+    table = pd.DataFrame([plate_record(1), plate_record(2, drift_source=None, confidence=None)])
+    for rows in (1, 2, 2):
+        tracker = Tracker(store)
+        tracker.start_job(job)
+        tracker.plate(plate_record(rows), b"PNG")
+        tracker.watched(table.head(rows), {"plates.csv": b"1"})
+        tracker.finish_job(job)
+        assert tracker.close(WAIT_S) == 0
+    (run,) = runs_by_kind(store)["job"]
+    assert run.info.status == "FINISHED"
+    assert [file.path for file in store.client.list_artifacts(run.info.run_id)] == ["config.yaml", "plates.csv"]
+    history = {name: store.client.get_metric_history(run.info.run_id, name) for name in ("drift_source", "drift_nearest")}
+    assert [(point.step, point.value) for point in history["drift_source"]] == [(1, 1.5)]
+    assert [(point.step, point.value) for point in history["drift_nearest"]] == [(1, 0.5), (2, 1.0)]
+    first, second = sorted(runs_by_kind(store)["plate"], key=lambda plate: plate.data.tags["key"])
+    assert {plate.data.tags["mlflow.parentRunId"] for plate in (first, second)} == {run.info.run_id}
+    assert first.info.run_name == "B/b0/p1"
+    assert first.data.params["model"] == "B plate p1"
+    assert first.data.metrics["drift_nearest"] == 0.5
+    assert "1.50 from the source, 0.50 from A (threshold 1.00)" in first.data.tags["mlflow.note.content"]
+    assert [file.path for file in store.client.list_artifacts(first.info.run_id)] == ["plate.png"]
+
+    folder = tmp_path / "predictions"
+    folder.mkdir()
+    (folder / "plate.png").write_bytes(b"PNG")
+    for record in (plate_record(1), plate_record(2), plate_record(3, folder=str(folder))):
+        results.write(f"watched/watch1/p{record['number']}.json", json.dumps(record).encode())
+    results.write("jobs/watch1.json", json.dumps(job).encode())
+    assert sync(results, store).plates == sync(results, store).plates == 3
+    third = next(plate for plate in runs_by_kind(store)["plate"] if plate.data.tags["key"].endswith("p3"))
+    assert [file.path for file in store.client.list_artifacts(third.info.run_id)] == ["plate.png"]
+    assert [plate.info.status for plate in runs_by_kind(store)["plate"]] == ["FINISHED"] * 3
 
 
 def test_a_job_that_is_not_done_stays_open(results, store):

@@ -283,7 +283,7 @@ def test_sync_twice_gives_the_same_runs_and_points(results, store, capsys, tmp_p
     counts = sync(results, store)
     assert (counts.jobs, counts.transfers, counts.stages) == (1, 10, 1)
     runs, points = runs_by_kind(store), n_points(store)
-    assert {kind: len(found) for kind, found in runs.items()} == {"job": 1, "transfer": 10, "stage": 1, "trial": 0}
+    assert {kind: len(found) for kind, found in runs.items()} == {"job": 1, "transfer": 10, "stage": 1, "trial": 0, "plate": 0}
     assert all(run.info.status == "FINISHED" for found in runs.values() for run in found)
     steps = []
     assert sync(results, store, lambda done, total: steps.append((done, total))) == counts
@@ -407,7 +407,7 @@ def test_a_dead_server_costs_nothing_and_sync_completes_later(
     assert "start the server" in message
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     sync(results, store)
-    assert {kind: len(found) for kind, found in runs_by_kind(store).items()} == {"job": 1, "transfer": 10, "stage": 1, "trial": 0}
+    assert {kind: len(found) for kind, found in runs_by_kind(store).items()} == {"job": 1, "transfer": 10, "stage": 1, "trial": 0, "plate": 0}
 
 
 def test_a_server_that_never_answers_makes_nobody_wait(results, silent_server, monkeypatch):

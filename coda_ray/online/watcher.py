@@ -119,6 +119,7 @@ class Watcher:
             When another watcher has taken over.
         """
         self.lease.check()
+        self.tracker.try_again()
         # An entry whose answer was lost may have been written.
         self.ledger.refresh()
         before = len(self.ledger.entries)

@@ -50,6 +50,11 @@ class Outbox:
         """Whether the server could not be reached so often that nothing more is tried."""
         return self._unreachable >= PATIENCE
 
+    def try_again(self) -> None:
+        """Forget that the server was given up; what was given meanwhile stays unsent."""
+        with self._changed:
+            self._unreachable = 0
+
     def put(self, what: str, send: Callable[[], object]) -> bool:
         """Queue a call; return at once, with whether it will be tried."""
         with self._changed:

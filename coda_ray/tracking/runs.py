@@ -185,6 +185,10 @@ class Tracker:
         """
         self._put(f"report of {record['name']}", lambda store: store.report(record, files))
 
+    def try_again(self) -> None:
+        """Try a server again that was given up: jobs that never end outlive its outages, and `sync` sends what is missing."""
+        self._outbox.try_again()
+
     def close(self, wait_s: float | None = None) -> int:
         """Send what waits, for at most `wait_s` (None: as long as is sensible for the place); say what was not sent.
 

@@ -77,3 +77,15 @@ def test_a_wrapped_connection_error_is_recognised():
     assert is_unreachable(wrapped)
     assert one_line(wrapped) == "API request failed"
     assert not is_unreachable(ValueError("Changing param values is not allowed"))
+
+
+def test_a_server_that_was_given_up_can_be_tried_again():
+    done, outbox = [], Outbox("test")
+    for _ in range(4):
+        outbox.ask("lost", lambda: fail(ConnectionError("gone")), WAIT_S)
+    assert outbox.gave_up
+    assert not outbox.put("refused", lambda: done.append("refused"))
+    outbox.try_again()
+    assert outbox.put("sent", lambda: done.append("sent"))
+    outbox.close(WAIT_S)
+    assert done == ["sent"]

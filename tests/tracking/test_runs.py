@@ -407,7 +407,13 @@ def test_a_dead_server_costs_nothing_and_sync_completes_later(
     assert "start the server" in message
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     sync(results, store)
-    assert {kind: len(found) for kind, found in runs_by_kind(store).items()} == {"job": 1, "transfer": 10, "stage": 1, "trial": 0, "plate": 0}
+    assert {kind: len(found) for kind, found in runs_by_kind(store).items()} == {
+        "job": 1,
+        "transfer": 10,
+        "stage": 1,
+        "trial": 0,
+        "plate": 0,
+    }
 
 
 def test_a_server_that_never_answers_makes_nobody_wait(results, silent_server, monkeypatch):

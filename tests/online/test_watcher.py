@@ -1,0 +1,339 @@
+"""Plates from arrival to predictions: on a simulated bucket and a real Ray, undisturbed, killed at every entry, and broken."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import pandas as pd
+import pytest
+
+from coda_ray.config import ConfigError
+from coda_ray.jump.ingest import run_ingest
+from coda_ray.jump.simulate.defects import spoil_file
+from coda_ray.jump.simulate.deliver import deliver_plate
+from coda_ray.jump.simulate.layout import draw_plates
+from coda_ray.jump.simulate.settings import PRESETS
+from coda_ray.online.board import courses
+from coda_ray.online.lease import Lease
+from coda_ray.online.ledger import Ledger
+from coda_ray.online.meter import DriftMeter, plates_of
+from coda_ray.online.service import watch
+from coda_ray.online.serving import Models
+from coda_ray.online.watcher import Watcher, watch_folder
+from coda_ray.pipeline import data
+from coda_ray.pipeline.matrix import run_transfers
+from coda_ray.pipeline.transfer import Request
+from coda_ray.storage import open_place
+from coda_ray.tracking.runs import Tracker
+from conftest import write_tiny
+from synthetic import place, small_config
+
+pytestmark = pytest.mark.slow
+SETTINGS = PRESETS["tiny"].model_copy(update={"sources": ["sim_a", "sim_b"]})
+PLATES = [plate for plate in draw_plates(SETTINGS) if plate.source == "sim_b"]
+STEPS = ["arrived", "ingested", "checked", "chosen", "predicted", "reported"]
+
+
+@contextmanager
+def silent(title: str, unit: str) -> Iterator[object]:
+    """Progress that nobody sees."""
+    yield lambda done, total: None
+
+
+class Lab:
+    """A bucket that plates are delivered to, and what a watcher makes of them."""
+
+    def __init__(self, root, gallery, **watching):
+        self.root, self.gallery = root, gallery
+        self.lines = []
+        shutil.copytree(gallery, root / "bucket", ignore=lambda _, names: [name for name in names if name == "sim_b"])
+        settings = {"source": "sim_a", "targets": ["sim_b"], "settle_s": 0, "tries": 2, "retry_after_s": 0, **watching}
+        self.config = small_config(
+            root,
+            watch=settings,
+            views={"tile_crop": 40, "size_global": 32, "size_local": 16},
+            adapt={"no_partner": "same-image"},
+        )
+
+    def changed(self, **watching):
+        """The configuration with other settings of the watcher."""
+        return self.config.model_copy(update={"watch": self.config.watch.model_copy(update=watching)})
+
+    def deliver(self, *numbers, spoil=lambda data: data):
+        for number in numbers:
+            deliver_plate(open_place(place(self.gallery)), open_place(place(self.root / "bucket")), PLATES[number], spoil)
+
+    @contextmanager
+    def watcher(self, config=None):
+        """A watcher that holds the lease and has begun."""
+        config, tracker = config or self.config, Tracker(None)
+        models = Models(config, "watch", tracker, self.lines.append)
+        with Lease(watch_folder(config).child("lease"), "test", 60.0) as lease:
+            assert lease.acquire(wait=True, say=self.lines.append)
+            ledger = Ledger.open(watch_folder(config).child("ledger"), models.identity, "test")
+            models.begin()
+            yield Watcher(config, models, ledger, lease, tracker, self.lines.append, silent)
+
+    def run(self, config=None):
+        """Look until nothing is left to do; give the course of each plate."""
+        with self.watcher(config) as watcher:
+            while watcher.look():
+                pass
+            return list(courses(watcher.ledger.entries).values())
+
+    def predictions(self):
+        """Every table of predictions of the plates, by path."""
+        found = (self.root / "results" / "predictions").rglob("sim_b/*/*/*.parquet")
+        return {str(path.relative_to(self.root)): pd.read_parquet(path) for path in found}
+
+
+@pytest.fixture(scope="module")
+def gallery(ray_cluster, tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("gallery") / "bucket", sources=SETTINGS.sources)
+
+
+@pytest.fixture(scope="module")
+def base(gallery, tmp_path_factory):
+    """A lab whose source is ingested, and its model trained."""
+    lab = Lab(tmp_path_factory.mktemp("base"), gallery)
+    run_ingest(
+        lab.config.model_copy(update={"ingest": lab.config.ingest.model_copy(update={"sources": ["sim_a"]})}), lambda _: None
+    )
+    Models(lab.config, "watch", Tracker(None), lab.lines.append).begin()
+    return lab
+
+
+@pytest.fixture
+def lab(base, gallery, tmp_path):
+    """A copy of it in which nothing has arrived."""
+
+    def make(name="lab", **watching):
+        made = Lab(tmp_path / name, gallery, **watching)
+        for part in ("tiles", "results"):
+            shutil.copytree(base.root / part, made.root / part, ignore=shutil.ignore_patterns("watch"))
+        data.forget()
+        return made
+
+    return make
+
+
+def told(course):
+    """What is known of a plate, without places."""
+    return {state: {k: v for k, v in facts.items() if k != "folder"} for state, facts in course.facts.items()}
+
+
+def test_every_plate_gets_a_model_of_its_own_and_a_broken_one_is_set_aside(lab):
+    here = lab(policy="plate")
+    here.deliver(0)
+    here.deliver(1, spoil=partial(spoil_file, kind="truncated"))
+    here.deliver(2)
+    first, broken, last = here.run()
+    assert [list(course.facts) for course in (first, last)] == [STEPS, STEPS]
+    assert list(broken.facts) == ["arrived", "aside"]
+    assert len(broken.failures) == 2
+    assert "truncated" in broken.facts["aside"]["reason"] or "max_bad_share" in broken.facts["aside"]["reason"]
+    assert [course.facts["chosen"]["plates"] for course in (first, last)] == [
+        [PLATES[0].name],
+        [PLATES[0].name, PLATES[2].name],
+    ]
+    keys = {course.facts["predicted"]["key"] for course in (first, last)}
+    assert len(keys) == 2
+    for course in (first, last):
+        wells = pd.read_parquet(
+            open_place(place(here.root / "results")).path(f"{course.facts['predicted']['folder']}/wells.parquet")
+        )
+        assert set(wells["Metadata_Model"]) == {course.facts["predicted"]["key"]}
+        assert len(wells) == course.facts["checked"]["wells"] == SETTINGS.wells_per_plate
+    table = pd.read_csv(here.root / "results" / "watch" / "plates.csv")
+    assert table["state"].tolist() == ["reported", "aside", "reported"]
+    assert (here.root / "results" / "watch" / "drift.png").read_bytes().startswith(b"\x89PNG")
+    records = sorted((here.root / "results" / "watched").glob("*/*.json"))
+    assert [json.loads(path.read_text())["number"] for path in records] == [1, 3]
+    before = here.predictions()
+    assert len(here.run()) == 3
+    assert set(here.predictions()) == set(before)
+
+
+class Killed(BaseException):
+    """What a process that is killed does not catch either."""
+
+
+def killed_at_every_entry(lab):
+    """Watch until all is done; before and after each entry the watcher dies, and another one begins."""
+    deaths = 0
+    while True:
+        data.forget()
+        with lab.watcher() as watcher:
+            append = watcher.ledger.append
+
+            def dying(*plate_and_state, append=append, late=deaths % 2, **facts):
+                if late:
+                    append(*plate_and_state, **facts)
+                raise Killed
+
+            watcher.ledger.append = dying
+            try:
+                watcher.look()
+            except Killed:
+                deaths += 1
+            else:
+                return deaths, list(courses(watcher.ledger.entries).values())
+
+
+def test_a_watcher_that_is_killed_around_every_entry_ends_like_one_that_is_not(lab):
+    undisturbed, killed = lab("undisturbed", policy="plate"), lab("killed", policy="plate")
+    for one in (undisturbed, killed):
+        one.deliver(0, 1)
+    expected = undisturbed.run()
+    deaths, found = killed_at_every_entry(killed)
+    assert deaths == 2 * 2 * len(STEPS)
+    assert [told(course) for course in found] == [told(course) for course in expected]
+    one, other = undisturbed.predictions(), killed.predictions()
+    assert one.keys() == other.keys()
+    assert len(one) >= 2 * 3
+    for path, table in one.items():
+        pd.testing.assert_frame_equal(table, other[path])
+
+
+def test_the_nearest_model_predicts_and_a_plate_that_is_far_from_all_gets_its_own(lab):
+    here = lab(policy="nearest", drift_threshold=1e-6)
+    here.deliver(0)
+    (first,) = here.run()
+    assert first.facts["chosen"]["why"] == "further than the threshold from all that is known"
+    assert first.facts["chosen"]["unit"] == PLATES[0].name
+    assert first.facts["chosen"]["nearest"] == "sim_a"
+    assert first.facts["chosen"]["drift_nearest"] == first.facts["checked"]["drift_source"] > 0
+    here.deliver(1, 2)
+    _, *others = here.run(here.changed(drift_threshold=1e6))
+    for course in others:
+        chosen, drift = course.facts["chosen"], course.facts["checked"]["drift_source"]
+        assert chosen["why"] == "nearest"
+        assert chosen["drift_nearest"] <= drift
+        assert (
+            chosen["model"]
+            == chosen["nearest"]
+            == ("sim_a" if chosen["drift_nearest"] == drift else f"sim_b plate {PLATES[0].name}")
+        )
+    # The plate's own distance to itself is never asked for: what is near came before.
+    assert all(course.facts["chosen"]["drift_nearest"] > 0 for course in others)
+
+
+def test_a_unit_that_another_job_adapted_to_is_known(lab):
+    here = lab(policy="nearest", drift_threshold=1e6)
+    here.deliver(0, 1)
+    ingested = here.config.model_copy(update={"ingest": here.config.ingest.model_copy(update={"sources": ["sim_b"]})})
+    run_ingest(ingested, lambda _: None)
+    data.forget()
+    request = Request("sim_a", "sim_b", "coda", "plate", 0)
+    run_transfers(here.config, [request], kind="adapt", name="by hand", command="", say=here.lines.append)
+    found = here.run()
+    # Each plate is a unit itself, at no distance.
+    assert [course.facts["chosen"]["drift_nearest"] for course in found] == [0.0, 0.0]
+    assert [course.facts["chosen"]["unit"] for course in found] == [PLATES[0].name, PLATES[1].name]
+    assert all(course.facts["chosen"]["plates"] == [] for course in found)
+
+
+def test_a_batch_is_waited_for_and_adapted_to_once(lab):
+    here = lab(policy="batch")
+    alone, *pair = (i for i in range(3) if sum(p.batch == PLATES[i].batch for p in PLATES) >= 1)
+    here.deliver(alone, pair[0])
+    first, waiting = here.run()
+    assert first.facts["chosen"]["granularity"] == "batch"
+    assert first.state == "reported"
+    assert waiting.state == "checked"
+    assert any(f"its batch lacks 1 of 2 plates: {PLATES[pair[1]].name}" in line for line in here.lines)
+    here.deliver(pair[1])
+    _, second, third = here.run()
+    assert second.facts["chosen"]["stage"] == third.facts["chosen"]["stage"] != first.facts["chosen"]["stage"]
+    assert second.facts["chosen"]["plates"] == [PLATES[i].name for i in (alone, *pair)]
+    assert second.facts["predicted"]["key"] == third.facts["predicted"]["key"]
+
+
+def test_an_adaptation_that_fails_is_tried_again_and_the_rest_go_on(lab):
+    here = lab(policy="plate", drift_threshold=1.0)
+    here.config = here.config.model_copy(update={"adapt": here.config.adapt.model_copy(update={"no_partner": "error"})})
+    here.deliver(0, 1)
+    lonely, _ = here.run()
+    assert lonely.state == "aside"
+    assert "no partner" in lonely.facts["aside"]["reason"]
+    assert "--adapt.no-partner same-image" in lonely.facts["aside"]["reason"]
+
+
+def test_storage_that_does_not_answer_is_no_plates_fault(lab, monkeypatch):
+    here = lab(policy="nearest")
+    here.deliver(0)
+    with here.watcher() as watcher:
+        monkeypatch.setattr("coda_ray.online.watcher.run_ingest", fail_with(OSError("gave up after 5 attempts")))
+        with pytest.raises(OSError, match="gave up"):
+            watcher.look()
+        (course,) = courses(watcher.ledger.entries).values()
+        assert (course.state, course.failures) == ("arrived", [])
+        monkeypatch.undo()
+        while watcher.look():
+            pass
+        (course,) = courses(watcher.ledger.entries).values()
+        assert course.state == "reported"
+
+
+def fail_with(error):
+    """A function that raises."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+def test_too_few_wells_set_a_plate_aside_at_once(lab):
+    here = lab(min_wells=1.0)
+    here.config = here.config.model_copy(update={"ingest": here.config.ingest.model_copy(update={"max_bad_share": 1.0})})
+    lost = iter(range(10**6))
+    here.deliver(0, spoil=lambda content: content[:99] if next(lost) < 12 else content)
+    (course,) = here.run()
+    assert course.state == "aside"
+    assert len(course.failures) == 1
+    assert "wells have a tile, less than watch.min_wells = 1.0" in course.facts["aside"]["reason"]
+
+
+def test_another_model_needs_another_ledger(lab):
+    here = lab()
+    here.run()
+    with pytest.raises(ConfigError, match=r"watch\.seed = 0, and now it is 1"), here.watcher(here.changed(seed=1)):
+        pass
+
+
+def test_of_two_watchers_one_works(lab):
+    here = lab()
+    held = Lease(watch_folder(here.config).child("lease"), "other", 60.0)
+    with held:
+        assert held.acquire(wait=True, say=here.lines.append)
+        assert watch(here.config, once=True, command="", say=here.lines.append, progress=silent) == 0
+    assert here.lines[-1] == "another watcher is at work; nothing to do"
+    here.deliver(0)
+    assert watch(here.config, once=True, command="", say=here.lines.append, progress=silent) == 0
+    assert here.lines[-1].startswith("1 plates: 1 reported, 0 set aside, 0 on their way")
+
+
+def test_drift_fires_on_another_microscope_and_not_on_an_ordinary_new_plate(ray_cluster, tmp_path):
+    gallery = write_tiny(tmp_path / "gallery", sources=["sim_a", "sim_b"], batches_per_source=4, dmso_wells=12, sites_per_well=2)
+    config = small_config(
+        tmp_path,
+        bucket={"address": str(gallery)},
+        metadata={"address": str(gallery / "metadata")},
+        watch={"source": "sim_a", "policy": "nearest"},
+        views={"tile_crop": 40, "size_global": 32, "size_local": 16},
+    )
+    run_ingest(config, lambda _: None)
+    models = Models(config, "watch", Tracker(None), print)
+    models.begin()
+    meter = DriftMeter(config, models.export(models.source).model, silent)
+    # The source's held-out plate took no part in its model or its reference: it is an ordinary new plate.
+    ordinary = data.held_out_tiles(config, "sim_a").without_labels()
+    others = data.load_tiles(config, "sim_b").without_labels()
+    meter.embed([ordinary, others], "")
+    (plate,) = plates_of(ordinary)
+    assert meter.reference.drift(meter.controls([plate])) < meter.threshold
+    for plate in plates_of(others):
+        assert meter.reference.drift(meter.controls([plate])) > meter.threshold

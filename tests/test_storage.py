@@ -150,7 +150,7 @@ def test_a_file_is_created_once(exclusive):
 
 def test_of_many_who_create_one_file_one_succeeds(tmp_path):
     here, people = open_place(Place(address=str(tmp_path))), 8
-    start = Barrier(people)
+    start = Barrier(people, timeout=60)
 
     def create(round_, who):
         start.wait()

@@ -3,7 +3,8 @@
 A term is a file that is created once: `000001.json` names its holder. While it lasts, the holder rewrites `000001.beat.json`;
 at its end it leaves `000001.released.json`. Whoever wants the lease takes the next term, once the newest one is released or its
 beat stood still for `lease_s` by their own clock: no clocks of two machines are compared. The number of the term is the fencing
-token: a holder that was paused for longer finds the next term there (`check`), and the ledger's numbers are written once.
+token: a holder that was paused for longer finds the next term there (`check`). One that is paused between that and its entry
+finds the entry's number taken, because the next holder begins with an entry of its own (`Ledger.claim`).
 """
 
 import json
@@ -97,22 +98,18 @@ class Lease:
             # Before the look, so that a pause of this process is not taken for a silence of the other.
             now = self.clock()
             newest = self._newest()
-            if newest == 0 or self.folder.exists(_released(newest)):
-                if self._take(newest + 1):
-                    return True
-                continue
-            seen = (newest, self._read(_beat(newest)))
-            if seen != watched:
+            free = newest == 0 or self.folder.exists(_released(newest))
+            if not free:
+                seen = (newest, self._read(_beat(newest)))
                 if watched is None or watched[0] != newest:
-                    say(f"{self.folder.address()}: {self._holder(newest)} holds the lease; waiting for a sign of life")
-                elif not wait:
+                    say(f"{self.folder.address()}: {self._holder(newest)} holds the lease; looking whether it lives")
+                elif seen != watched and not wait:
                     return False
-                watched, since = seen, self.clock()
-            elif now - since >= self.lease_s:
-                log.warning("%s: no sign of life of %s for %.0f s", self.folder.address(), self._holder(newest), now - since)
-                if self._take(newest + 1):
-                    return True
-                continue
+                if seen != watched:
+                    watched, since = seen, self.clock()
+                free = now - since >= self.lease_s
+            if free and self._take(newest + 1):
+                return True
             self.pause(self.lease_s / BEATS_PER_LEASE)
 
     def check(self) -> None:
@@ -149,11 +146,12 @@ class Lease:
         OSError
             When storage does not answer.
         """
-        if self.term is None:
+        term = self.term
+        if term is None:
             return
         # Before the write, so that the holder never counts on more time than others give it.
         began = self.clock()
-        self.folder.write(_beat(self.term), json.dumps({"beat": self._beats + 1}).encode())
+        self.folder.write(_beat(term), json.dumps({"beat": self._beats + 1}).encode())
         self._beats, self._alive = self._beats + 1, began
 
     def release(self) -> None:
@@ -173,6 +171,7 @@ class Lease:
         holder = {"by": self.by, "host": socket.gethostname(), "pid": os.getpid(), "nonce": uuid4().hex}
         if not self.folder.create(_term(term), json.dumps(holder).encode()):
             return False
+        self._ended.set()
         self.term, self._alive, self._beats, self._ended = term, began, 0, threading.Event()
         threading.Thread(target=self._live, args=(self._ended,), name=f"lease {term}", daemon=True).start()
         return True

@@ -150,6 +150,36 @@ class Ledger:
         self.entries.append(entry)
         return entry
 
+    def claim(self, state: str, **facts: Any) -> Entry:
+        """Write an entry about no single plate after whatever others wrote until now, which is read first.
+
+        Who takes the ledger over begins with it: the numbers that the one before counts on are taken from then on.
+
+        Parameters
+        ----------
+        state
+            What the entry says.
+        **facts
+            Whatever else is to be known (JSON).
+
+        Returns
+        -------
+        Entry
+
+        Raises
+        ------
+        ValueError
+            When a file is damaged, missing or foreign.
+        OSError
+            When storage does not answer.
+        """
+        while True:
+            self.refresh()
+            try:
+                return self.append(None, state, **facts)
+            except LostLedgerError:
+                continue
+
     def refresh(self) -> None:
         """Read the entries that others wrote.
 

@@ -64,9 +64,27 @@ def test_who_comes_late_is_told_and_writes_nothing(folder):
     assert other.last(PLATE) == first
 
 
+def test_a_claim_takes_the_number_that_another_counts_on(folder, monkeypatch):
+    ledger, other = begin(folder), begin(folder, "bert")
+    ledger.append(PLATE, "taken")
+    real, late = other.refresh, iter([lambda: ledger.append(PLATE, "adapted"), lambda: None])
+
+    def refresh():
+        real()
+        next(late)()
+
+    # Written between the look and the claim.
+    monkeypatch.setattr(other, "refresh", refresh)
+    claim = other.claim("watching", term=2)
+    assert (claim.number, claim.plate, claim.state, claim.facts) == (3, None, "watching", {"term": 2})
+    assert [entry.state for entry in other.entries] == ["begun", "taken", "adapted", "watching"]
+    with pytest.raises(LostLedgerError):
+        ledger.append(PLATE, "done")
+
+
 def test_of_many_writers_one_writes_each_number(folder):
     people = 6
-    start = Barrier(people)
+    start = Barrier(people, timeout=60)
 
     def write(who):
         ledger, won = begin(folder, f"{who}"), []
@@ -88,7 +106,7 @@ def test_of_many_writers_one_writes_each_number(folder):
 
 
 def test_of_many_who_begin_a_ledger_all_get_the_same(folder):
-    start = Barrier(6)
+    start = Barrier(6, timeout=60)
 
     def open_(who):
         start.wait()

@@ -26,7 +26,7 @@ COLUMNS = {
 
 
 @dataclass
-class Course:
+class Journey:
     """How far a plate has come.
 
     Parameters
@@ -78,7 +78,7 @@ class Course:
         return now - datetime.fromisoformat(self.failures[-1].at).timestamp() >= retry_after_s
 
 
-def courses(entries: Iterable[Entry]) -> dict[PlateName, Course]:
+def journeys(entries: Iterable[Entry]) -> dict[PlateName, Journey]:
     """Follow every plate of a ledger.
 
     Parameters
@@ -91,15 +91,15 @@ def courses(entries: Iterable[Entry]) -> dict[PlateName, Course]:
     dict
         In the order of arrival.
     """
-    found: dict[PlateName, Course] = {}
+    found: dict[PlateName, Journey] = {}
     for entry in entries:
         if entry.plate is not None:
-            course = found.setdefault(entry.plate, Course(entry.plate, entry.number, entry.state))
-            course.take(entry)
+            journey = found.setdefault(entry.plate, Journey(entry.plate, entry.number, entry.state))
+            journey.take(entry)
     return found
 
 
-def plates_table(found: Iterable[Course]) -> pd.DataFrame:
+def plates_table(found: Iterable[Journey]) -> pd.DataFrame:
     """Lay the plates out as a table.
 
     Parameters
@@ -114,11 +114,11 @@ def plates_table(found: Iterable[Course]) -> pd.DataFrame:
         and the reason of the last failure.
     """
     rows = []
-    for course in found:
-        known = {name: course.facts.get(state, {}).get(name) for state, names in COLUMNS.items() for name in names}
-        reason = course.failures[-1].facts["reason"] if course.failures and course.state != DONE else None
-        reason = course.facts[ASIDE]["reason"] if course.state == ASIDE else reason
-        head = {**course.plate._asdict(), "state": course.state, "tries": len(course.failures) + (course.state != ASIDE)}
+    for journey in found:
+        known = {name: journey.facts.get(state, {}).get(name) for state, names in COLUMNS.items() for name in names}
+        reason = journey.failures[-1].facts["reason"] if journey.failures and journey.state != DONE else None
+        reason = journey.facts[ASIDE]["reason"] if journey.state == ASIDE else reason
+        head = {**journey.plate._asdict(), "state": journey.state, "tries": len(journey.failures) + (journey.state != ASIDE)}
         rows.append({**head, **known, "reason": reason})
     columns = [*PlateName._fields, "state", "tries", *(name for names in COLUMNS.values() for name in names), "reason"]
     return pd.DataFrame(rows, columns=columns)

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from coda_ray.cluster import start_ray
 from coda_ray.config import Config, ConfigError
-from coda_ray.online.board import ASIDE, DONE, courses
+from coda_ray.online.board import ASIDE, DONE, journeys
 from coda_ray.online.lease import Lease
 from coda_ray.online.ledger import Ledger
 from coda_ray.online.meter import Progress
@@ -17,6 +17,8 @@ from coda_ray.online.serving import Models, Say
 from coda_ray.online.watcher import FIGURE, TABLE, Watcher, watch_folder
 from coda_ray.storage import open_place
 from coda_ray.tracking.runs import Tracker
+
+WATCHING = "watching"
 
 
 def watch(config: Config, *, once: bool, command: str, say: Say, progress: Progress) -> int:
@@ -75,6 +77,8 @@ def _begin(config: Config, lease: Lease, by: str, tracker: Tracker, command: str
     try:
         models = Models(config, command, tracker, say)
         ledger = Ledger.open(watch_folder(config).child("ledger"), models.identity, by)
+        # The first entry of a watcher keeps one that slept through its lease from writing another.
+        ledger.claim(WATCHING)
         models.begin()
     except FileNotFoundError as error:  # tiles of the source that are not there
         raise ConfigError(str(error)) from error
@@ -98,7 +102,7 @@ def _look_for_ever(watcher: Watcher, say: Say, wait: Callable[[float], None] = t
 
 def _summary(watcher: Watcher) -> str:
     """Sum up the ledger."""
-    found = [course.state for course in courses(watcher.ledger.entries).values()]
+    found = [journey.state for journey in journeys(watcher.ledger.entries).values()]
     ended = {state: found.count(state) for state in (DONE, ASIDE)}
     waiting = len(found) - sum(ended.values())
     files = ", ".join(watcher.folder.address(name) for name in (TABLE, FIGURE)) if found else "nothing yet"

@@ -22,7 +22,7 @@ from coda_ray.jump.layout import PlateName
 from coda_ray.jump.tables import CONTROL, NEGATIVE_CONTROL, Tables, read_tables, wells_expected
 from coda_ray.learn.exported import ModelError
 from coda_ray.online.arrivals import Arrivals, complete_batch
-from coda_ray.online.board import ASIDE, DONE, FAILED, STEP_AFTER, Course, courses, plates_table
+from coda_ray.online.board import ASIDE, DONE, FAILED, STEP_AFTER, Journey, journeys, plates_table
 from coda_ray.online.lease import Lease
 from coda_ray.online.ledger import Ledger
 from coda_ray.online.meter import DriftMeter, Progress, plates_of, read_table, tiles_of_plate
@@ -138,28 +138,28 @@ class Watcher:
 
     def _arrive(self) -> None:
         """Note plates that are new."""
-        arrived, waiting = self.arrivals.look(set(courses(self.ledger.entries)))
+        arrived, waiting = self.arrivals.look(set(journeys(self.ledger.entries)))
         for arrival in arrived:
             self._note(arrival.plate, "arrived", sites=arrival.sites, missing=arrival.missing)
         for one in waiting:
             self._wait(one.plate, one.reason)
 
-    def _due(self, state: str) -> list[Course]:
+    def _due(self, state: str) -> list[Journey]:
         """List the plates in a state that may be tried now, in the order of arrival."""
-        found, now = courses(self.ledger.entries).values(), self.clock()
-        return [course for course in found if course.state == state and course.is_due(now, self.settings.retry_after_s)]
+        found, now = journeys(self.ledger.entries).values(), self.clock()
+        return [journey for journey in found if journey.state == state and journey.is_due(now, self.settings.retry_after_s)]
 
     def _step_all(self, state: str) -> None:
         """Take all plates of a state one step on."""
-        for course in self._due(state):
+        for journey in self._due(state):
             step = STEP_AFTER[state]
             try:
-                reached: Reached | None = getattr(self, f"_{step}")(course)
+                reached: Reached | None = getattr(self, f"_{step}")(journey)
             except PLATE_ERRORS as error:
-                self._fail(course, step, error)
+                self._fail(journey, step, error)
                 continue
             if reached:
-                self._note(course.plate, reached[0], **reached[1])
+                self._note(journey.plate, reached[0], **reached[1])
 
     def _note(self, plate: PlateName, state: str, **facts: Any) -> None:
         """Write an entry; the lease is looked at first."""
@@ -174,7 +174,7 @@ class Watcher:
             self.say(f"{'/'.join(plate)}: waiting: {reason}")
             self._waiting[plate] = reason
 
-    def _fail(self, course: Course, step: str, error: Exception) -> None:
+    def _fail(self, journey: Journey, step: str, error: Exception) -> None:
         """Note a failed try, and set the plate aside after the last.
 
         Raises
@@ -187,15 +187,15 @@ class Watcher:
             raise OSError(str(error)) from outage
         self.failed += 1
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        self._note(course.plate, FAILED, step=step, reason=reason)
-        if isinstance(error, UnfitPlateError) or len(course.failures) + 1 >= self.settings.tries:
-            self._note(course.plate, ASIDE, reason=reason)
+        self._note(journey.plate, FAILED, step=step, reason=reason)
+        if isinstance(error, UnfitPlateError) or len(journey.failures) + 1 >= self.settings.tries:
+            self._note(journey.plate, ASIDE, reason=reason)
 
     # The steps: each gives the state that is reached and what is noted, or nothing where the plate has to wait.
 
-    def _ingest(self, course: Course) -> Reached:
+    def _ingest(self, journey: Journey) -> Reached:
         """Prepare the tiles of a plate."""
-        plate = course.plate
+        plate = journey.plate
         wanted = self.config.ingest.model_copy(update={"sources": [plate.source], "plates": [plate.plate]})
         config = self.config.model_copy(update={"ingest": wanted})
         with self.progress(f"ingesting {plate.plate}", "sites") as show:
@@ -207,47 +207,47 @@ class Watcher:
         note = json.loads(folder.read(f"{'/'.join(plate)}/plate.json"))
         return "ingested", {"tiles": note["tiles"], "quarantined": note["quarantined"]}
 
-    def _check(self, course: Course) -> Reached:
+    def _check(self, journey: Journey) -> Reached:
         """Judge the tiles of a plate, and measure how far its controls are from the source's."""
-        index = tiles_of_plate(self.config, course.plate)
-        wells, expected = set(index.frame["Metadata_Well"]), set(wells_expected(course.plate, self._tables()))
+        index = tiles_of_plate(self.config, journey.plate)
+        wells, expected = set(index.frame["Metadata_Well"]), set(wells_expected(journey.plate, self._tables()))
         if not wells or len(wells & expected) < self.settings.min_wells * len(expected):
             raise UnfitPlateError(
                 f"{len(wells)} of {len(expected)} wells have a tile, less than watch.min_wells = {self.settings.min_wells}; "
                 "quarantine.parquet of the plate says why"
             )
-        self.meter.embed([index], f"embedding {course.plate.plate}")
-        own = self.meter.controls([course.plate])
+        self.meter.embed([index], f"embedding {journey.plate.plate}")
+        own = self.meter.controls([journey.plate])
         drift = None if own is None else round(self.meter.reference.drift(own), 4)
         images = int((index.frame[CONTROL] == NEGATIVE_CONTROL).sum())
         return "checked", {"wells": len(wells), "expected": len(expected), "controls": images, "drift_source": drift}
 
-    def _choose(self, course: Course) -> Reached | None:
+    def _choose(self, journey: Journey) -> Reached | None:
         """Choose the model of a plate, by the policy."""
         policy, threshold = self.settings.policy, self.meter.threshold
-        near, distance = self._nearest(course)
+        near, distance = self._nearest(journey)
         facts: dict[str, Any] = {"nearest": near.text, "drift_nearest": distance, "threshold": threshold}
         if policy == "batch":
-            choice, why = self._batch_model(course), "its batch is complete"
+            choice, why = self._batch_model(journey), "its batch is complete"
             if choice is None:
                 return None
         elif policy == "plate":
-            choice, why = self._plate_model(course), "policy plate"
+            choice, why = self._plate_model(journey), "policy plate"
         elif distance is None or threshold is None:
             choice, why = near, "its drift cannot be measured"
         elif distance > threshold:
-            choice, why = self._plate_model(course), "further than the threshold from all that is known"
+            choice, why = self._plate_model(journey), "further than the threshold from all that is known"
         else:
             choice, why = near, "nearest"
         return "chosen", {"model": choice.text, "why": why, **facts, **choice.facts}
 
-    def _predict(self, course: Course) -> Reached:
+    def _predict(self, journey: Journey) -> Reached:
         """Predict a plate with its model, and register the model where that is wanted."""
-        choice = Choice.of(course.facts["chosen"])
+        choice = Choice.of(journey.facts["chosen"])
         export = self.models.export(choice)
-        with self.progress(f"predicting {course.plate.plate}", "tiles") as show:
-            predict(self.config, export.model, tiles_of_plate(self.config, course.plate), show)
-        folder = predictions_folder(self.config, export.model.key).child("/".join(course.plate))
+        with self.progress(f"predicting {journey.plate.plate}", "tiles") as show:
+            predict(self.config, export.model, tiles_of_plate(self.config, journey.plate), show)
+        folder = predictions_folder(self.config, export.model.key).child("/".join(journey.plate))
         wells, note = read_table(folder, "wells.parquet"), json.loads(folder.read("plate.json"))
         agreement = float(np.nanmean(wells["replicate_agreement"])) if wells["replicate_agreement"].notna().any() else None
         facts = {
@@ -264,46 +264,46 @@ class Watcher:
             facts["version"] = made.address
         return "predicted", facts
 
-    def _report(self, course: Course) -> Reached:
+    def _report(self, journey: Journey) -> Reached:
         """Keep the record of a plate, and send it with its picture to MLflow."""
-        chosen, predicted = course.facts["chosen"], course.facts["predicted"]
+        chosen, predicted = journey.facts["chosen"], journey.facts["predicted"]
         record = {
-            "key": f"{self.models.key} {'/'.join(course.plate)}",
+            "key": f"{self.models.key} {'/'.join(journey.plate)}",
             "job": self.models.key,
-            "number": list(courses(self.ledger.entries)).index(course.plate) + 1,
-            **course.plate._asdict(),
-            **{name: value for state in STEP_AFTER for name, value in course.facts[state].items()},
-            "tries": len(course.failures) + 1,
+            "number": list(journeys(self.ledger.entries)).index(journey.plate) + 1,
+            **journey.plate._asdict(),
+            **{name: value for state in STEP_AFTER for name, value in journey.facts[state].items()},
+            "tries": len(journey.failures) + 1,
             "adaptation_seconds": self.models.seconds(Choice.of(chosen)),
         }
-        path = f"{WATCHED}/{self.models.key}/{'_'.join(course.plate)}.json"
+        path = f"{WATCHED}/{self.models.key}/{'_'.join(journey.plate)}.json"
         open_place(self.config.results).write(path, json.dumps(record, indent=1).encode())
-        picture = predictions_folder(self.config, predicted["key"]).read(f"{'/'.join(course.plate)}/plate.png")
+        picture = predictions_folder(self.config, predicted["key"]).read(f"{'/'.join(journey.plate)}/plate.png")
         self.tracker.plate(record, picture)
         return DONE, {"key": predicted["key"]}
 
     # What all plates of a look share.
 
-    def _embed(self, due: Sequence[Course]) -> None:
+    def _embed(self, due: Sequence[Journey]) -> None:
         """Embed plates in one go, before they are checked one by one, which tells of which one an error speaks."""
         try:
-            indices = [tiles_of_plate(self.config, course.plate) for course in due]
+            indices = [tiles_of_plate(self.config, journey.plate) for journey in due]
             if indices:
                 self.meter.embed(indices, f"embedding {len(indices)} plates")
         except PLATE_ERRORS as error:
             if len(due) > 1:
                 self.say(f"plates are embedded one by one, because together: {error}")
 
-    def _adapt(self, due: Sequence[Course]) -> None:
+    def _adapt(self, due: Sequence[Journey]) -> None:
         """Train the models that plates wait for, side by side; a plate whose model failed chooses anew, later."""
-        failures = self.models.make([Choice.of(course.facts["chosen"]) for course in due])
-        for course in due:
-            if reason := failures.get(course.facts["chosen"]["stage"]):
-                self._fail(course, "adapt", RuntimeError(reason))
+        failures = self.models.make([Choice.of(journey.facts["chosen"]) for journey in due])
+        for journey in due:
+            if reason := failures.get(journey.facts["chosen"]["stage"]):
+                self._fail(journey, "adapt", RuntimeError(reason))
 
     def _tabulate(self) -> None:
         """Write the table of all plates and the picture of their drift."""
-        table = plates_table(courses(self.ledger.entries).values())
+        table = plates_table(journeys(self.ledger.entries).values())
         files = {TABLE: table.to_csv(index=False).encode(), FIGURE: figure_png(drift_figure(table))}
         for name, content in files.items():
             self.folder.write(name, content)
@@ -311,14 +311,14 @@ class Watcher:
 
     # Models, and what they may know.
 
-    def _plate_model(self, course: Course) -> Choice:
+    def _plate_model(self, journey: Journey) -> Choice:
         """Plan an adaptation to a plate, by the plates that came before it."""
-        plate = course.plate
-        return self.models.adapted_to(plate.source, "plate", plate.plate, self._known_until(plate.source, course.number))
+        plate = journey.plate
+        return self.models.adapted_to(plate.source, "plate", plate.plate, self._known_until(plate.source, journey.number))
 
-    def _batch_model(self, course: Course) -> Choice | None:
+    def _batch_model(self, journey: Journey) -> Choice | None:
         """Plan an adaptation to a plate's batch, once all its plates are there or set aside."""
-        plate, found = course.plate, courses(self.ledger.entries)
+        plate, found = journey.plate, journeys(self.ledger.entries)
         batch = complete_batch(self._tables(), plate.source, plate.batch, self.config.ingest.plate_types)
         missing = [name.plate for name in batch if name not in found or found[name].state in ("arrived", "ingested")]
         if missing:
@@ -329,25 +329,25 @@ class Watcher:
 
     def _known_until(self, source: str, number: int) -> list[str]:
         """Name the plates of a source that came until then and have tiles."""
-        found = courses(self.ledger.entries).values()
-        known = [course for course in found if course.number <= number and course.plate.source == source]
-        return [course.plate.plate for course in known if course.state not in ("arrived", "ingested", ASIDE)]
+        found = journeys(self.ledger.entries).values()
+        known = [journey for journey in found if journey.number <= number and journey.plate.source == source]
+        return [journey.plate.plate for journey in known if journey.state not in ("arrived", "ingested", ASIDE)]
 
-    def _nearest(self, course: Course) -> tuple[Choice, float | None]:
+    def _nearest(self, journey: Journey) -> tuple[Choice, float | None]:
         """Find the model whose unit a plate's controls are least distant from."""
-        own, reference = self.meter.controls([course.plate]), self.meter.reference
+        own, reference = self.meter.controls([journey.plate]), self.meter.reference
         if own is None:
             return self.models.source, None
-        known = [(self.models.source, reference.source), *self._units(course)]
+        known = [(self.models.source, reference.source), *self._units(journey)]
         distances = [reference.distance(own, controls) for _, controls in known]
         nearest = int(np.argmin(distances))
         return known[nearest][0], round(distances[nearest], 4)
 
-    def _units(self, course: Course) -> Iterator[tuple[Choice, Controls]]:
+    def _units(self, journey: Journey) -> Iterator[tuple[Choice, Controls]]:
         """Give the units adapted to, by other jobs and for plates that came before this one, with their controls."""
         by_others = [Choice.of(facts) for entry in self.ledger.entries if entry.state == KNOWN for facts in entry.facts["units"]]
-        found = courses(self.ledger.entries).values()
-        earlier = [other for other in found if other.number < course.number and "chosen" in other.facts]
+        found = journeys(self.ledger.entries).values()
+        earlier = [other for other in found if other.number < journey.number and "chosen" in other.facts]
         own = [Choice.of(other.facts["chosen"]) for other in earlier if other.state not in ("checked", ASIDE)]
         for choice in dict.fromkeys([*by_others, *(choice for choice in own if choice.plates)]):
             controls = self.meter.controls(self._plates_of(choice))

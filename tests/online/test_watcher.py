@@ -15,7 +15,7 @@ from coda_ray.jump.simulate.defects import spoil_file
 from coda_ray.jump.simulate.deliver import deliver_plate
 from coda_ray.jump.simulate.layout import draw_plates
 from coda_ray.jump.simulate.settings import PRESETS
-from coda_ray.online.board import courses
+from coda_ray.online.board import journeys
 from coda_ray.online.lease import Lease
 from coda_ray.online.ledger import Ledger
 from coda_ray.online.meter import DriftMeter, plates_of
@@ -77,11 +77,11 @@ class Lab:
             yield Watcher(config, models, ledger, lease, tracker, self.lines.append, silent)
 
     def run(self, config=None):
-        """Look until nothing is left to do; give the course of each plate."""
+        """Look until nothing is left to do; give the journey of each plate."""
         with self.watcher(config) as watcher:
             while watcher.look():
                 pass
-            return list(courses(watcher.ledger.entries).values())
+            return list(journeys(watcher.ledger.entries).values())
 
     def predictions(self):
         """Every table of predictions of the plates, by path."""
@@ -119,9 +119,9 @@ def lab(base, gallery, tmp_path):
     return make
 
 
-def told(course):
+def told(journey):
     """What is known of a plate, without places."""
-    return {state: {k: v for k, v in facts.items() if k != "folder"} for state, facts in course.facts.items()}
+    return {state: {k: v for k, v in facts.items() if k != "folder"} for state, facts in journey.facts.items()}
 
 
 def test_every_plate_gets_a_model_of_its_own_and_a_broken_one_is_set_aside(lab):
@@ -130,22 +130,21 @@ def test_every_plate_gets_a_model_of_its_own_and_a_broken_one_is_set_aside(lab):
     here.deliver(1, spoil=partial(spoil_file, kind="truncated"))
     here.deliver(2)
     first, broken, last = here.run()
-    assert [list(course.facts) for course in (first, last)] == [STEPS, STEPS]
+    assert [list(journey.facts) for journey in (first, last)] == [STEPS, STEPS]
     assert list(broken.facts) == ["arrived", "aside"]
     assert len(broken.failures) == 2
     assert "truncated" in broken.facts["aside"]["reason"] or "max_bad_share" in broken.facts["aside"]["reason"]
-    assert [course.facts["chosen"]["plates"] for course in (first, last)] == [
+    assert [journey.facts["chosen"]["plates"] for journey in (first, last)] == [
         [PLATES[0].name],
         [PLATES[0].name, PLATES[2].name],
     ]
-    keys = {course.facts["predicted"]["key"] for course in (first, last)}
+    keys = {journey.facts["predicted"]["key"] for journey in (first, last)}
     assert len(keys) == 2
-    for course in (first, last):
-        wells = pd.read_parquet(
-            open_place(place(here.root / "results")).path(f"{course.facts['predicted']['folder']}/wells.parquet")
-        )
-        assert set(wells["Metadata_Model"]) == {course.facts["predicted"]["key"]}
-        assert len(wells) == course.facts["checked"]["wells"] == SETTINGS.wells_per_plate
+    for journey in (first, last):
+        predicted = journey.facts["predicted"]
+        wells = pd.read_parquet(f"{predicted['folder']}/wells.parquet")
+        assert set(wells["Metadata_Model"]) == {predicted["key"]}
+        assert len(wells) == journey.facts["checked"]["wells"] == SETTINGS.wells_per_plate
     table = pd.read_csv(here.root / "results" / "watch" / "plates.csv")
     assert table["state"].tolist() == ["reported", "aside", "reported"]
     assert (here.root / "results" / "watch" / "drift.png").read_bytes().startswith(b"\x89PNG")
@@ -179,7 +178,7 @@ def killed_at_every_entry(lab):
             except Killed:
                 deaths += 1
             else:
-                return deaths, list(courses(watcher.ledger.entries).values())
+                return deaths, list(journeys(watcher.ledger.entries).values())
 
 
 def test_a_watcher_that_is_killed_around_every_entry_ends_like_one_that_is_not(lab):
@@ -189,7 +188,7 @@ def test_a_watcher_that_is_killed_around_every_entry_ends_like_one_that_is_not(l
     expected = undisturbed.run()
     deaths, found = killed_at_every_entry(killed)
     assert deaths == 2 * 2 * len(STEPS)
-    assert [told(course) for course in found] == [told(course) for course in expected]
+    assert [told(journey) for journey in found] == [told(journey) for journey in expected]
     one, other = undisturbed.predictions(), killed.predictions()
     assert one.keys() == other.keys()
     assert len(one) >= 2 * 3
@@ -207,8 +206,8 @@ def test_the_nearest_model_predicts_and_a_plate_that_is_far_from_all_gets_its_ow
     assert first.facts["chosen"]["drift_nearest"] == first.facts["checked"]["drift_source"] > 0
     here.deliver(1, 2)
     _, *others = here.run(here.changed(drift_threshold=1e6))
-    for course in others:
-        chosen, drift = course.facts["chosen"], course.facts["checked"]["drift_source"]
+    for journey in others:
+        chosen, drift = journey.facts["chosen"], journey.facts["checked"]["drift_source"]
         assert chosen["why"] == "nearest"
         assert chosen["drift_nearest"] <= drift
         assert (
@@ -217,7 +216,7 @@ def test_the_nearest_model_predicts_and_a_plate_that_is_far_from_all_gets_its_ow
             == ("sim_a" if chosen["drift_nearest"] == drift else f"sim_b plate {PLATES[0].name}")
         )
     # The plate's own distance to itself is never asked for: what is near came before.
-    assert all(course.facts["chosen"]["drift_nearest"] > 0 for course in others)
+    assert all(journey.facts["chosen"]["drift_nearest"] > 0 for journey in others)
 
 
 def test_a_unit_that_another_job_adapted_to_is_known(lab):
@@ -230,9 +229,9 @@ def test_a_unit_that_another_job_adapted_to_is_known(lab):
     run_transfers(here.config, [request], kind="adapt", name="by hand", command="", say=here.lines.append)
     found = here.run()
     # Each plate is a unit itself, at no distance.
-    assert [course.facts["chosen"]["drift_nearest"] for course in found] == [0.0, 0.0]
-    assert [course.facts["chosen"]["unit"] for course in found] == [PLATES[0].name, PLATES[1].name]
-    assert all(course.facts["chosen"]["plates"] == [] for course in found)
+    assert [journey.facts["chosen"]["drift_nearest"] for journey in found] == [0.0, 0.0]
+    assert [journey.facts["chosen"]["unit"] for journey in found] == [PLATES[0].name, PLATES[1].name]
+    assert all(journey.facts["chosen"]["plates"] == [] for journey in found)
 
 
 def test_a_batch_is_waited_for_and_adapted_to_once(lab):
@@ -268,13 +267,13 @@ def test_storage_that_does_not_answer_is_no_plates_fault(lab, monkeypatch):
         monkeypatch.setattr("coda_ray.online.watcher.run_ingest", fail_with(OSError("gave up after 5 attempts")))
         with pytest.raises(OSError, match="gave up"):
             watcher.look()
-        (course,) = courses(watcher.ledger.entries).values()
-        assert (course.state, course.failures) == ("arrived", [])
+        (journey,) = journeys(watcher.ledger.entries).values()
+        assert (journey.state, journey.failures) == ("arrived", [])
         monkeypatch.undo()
         while watcher.look():
             pass
-        (course,) = courses(watcher.ledger.entries).values()
-        assert course.state == "reported"
+        (journey,) = journeys(watcher.ledger.entries).values()
+        assert journey.state == "reported"
 
 
 def fail_with(error):
@@ -291,10 +290,10 @@ def test_too_few_wells_set_a_plate_aside_at_once(lab):
     here.config = here.config.model_copy(update={"ingest": here.config.ingest.model_copy(update={"max_bad_share": 1.0})})
     lost = iter(range(10**6))
     here.deliver(0, spoil=lambda content: content[:99] if next(lost) < 12 else content)
-    (course,) = here.run()
-    assert course.state == "aside"
-    assert len(course.failures) == 1
-    assert "wells have a tile, less than watch.min_wells = 1.0" in course.facts["aside"]["reason"]
+    (journey,) = here.run()
+    assert journey.state == "aside"
+    assert len(journey.failures) == 1
+    assert "wells have a tile, less than watch.min_wells = 1.0" in journey.facts["aside"]["reason"]
 
 
 def test_another_model_needs_another_ledger(lab):

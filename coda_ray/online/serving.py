@@ -43,8 +43,7 @@ class Choice:
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "Choice":
         """Read what the ledger noted."""
-        named = ("stage", "target", "granularity", "unit")
-        return cls(*(facts[name] for name in named), plates=tuple(facts["plates"]))
+        return cls(facts["stage"], facts["target"], facts["granularity"], facts["unit"], tuple(facts["plates"]))
 
     @property
     def facts(self) -> dict[str, Any]:

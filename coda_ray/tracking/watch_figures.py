@@ -1,5 +1,7 @@
 """The drift of plates as they arrived."""
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -49,5 +51,5 @@ def _nearest(axes: Axes, places: "pd.Series[float]", drift: "pd.Series[float]", 
     kinds = ((~adapted, "white", "from the nearest unit"), (adapted, ORANGE, "the same, with a model of a unit"))
     for chosen, face, label in kinds:
         if chosen.any():
-            style = {"color": BLUE, "marker": "o", "markerfacecolor": face, "markersize": 7, "linestyle": ""}
+            style: dict[str, Any] = {"color": BLUE, "marker": "o", "markerfacecolor": face, "markersize": 7, "linestyle": ""}
             axes.plot(places[chosen], drift[chosen], label=label, **style)

@@ -21,7 +21,8 @@ FAILURE = {"step": "ingest", "reason": "IngestError: broken"}
 
 
 def test_plates_keep_the_order_in_which_they_came():
-    found = journeys(entries((None, "begun", {}), (Q, "arrived", {}), (P, "arrived", {}), (Q, "ingested", {"tiles": 3})))
+    said = [(None, "begun", {}), (Q, "arrived", {}), (P, "arrived", {}), (Q, "ingested", {"tiles": 3})]
+    found = journeys(entries(*said))
     assert [(journey.plate, journey.number, journey.state) for journey in found.values()] == [
         (Q, 1, "ingested"),
         (P, 2, "arrived"),

@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         lost = "; start the server or correct MLFLOW_TRACKING_URI, then run this again" if is_unreachable(error) else ""
         print(f"sync_mlflow.py: {address}: {type(error).__name__}: {one_line(error)}{lost}", file=sys.stderr)
         return 1
-    print(f"{address}: {counts.jobs} jobs, {counts.transfers} transfers, {counts.stages} stages, {counts.trials} trials")
+    told = f"{counts.jobs} jobs, {counts.transfers} transfers, {counts.stages} stages, {counts.trials} trials"
+    print(f"{address}: {told}, {counts.courses} courses")
     return 0
 
 

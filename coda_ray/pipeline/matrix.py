@@ -93,7 +93,9 @@ def job_key(kind: str, requests: Sequence[Request], stages: Sequence[Stage]) -> 
     return content_key({"kind": kind, "requests": [vars(request) for request in requests], "stages": [s.key for s in stages]})
 
 
-def run_stages(config: Config, stages: Sequence[Stage], say: Callable[[str], None]) -> dict[str, str]:
+def run_stages(
+    config: Config, stages: Sequence[Stage], say: Callable[[str], None], tracker: Tracker | None = None
+) -> dict[str, str]:
     """Run what is missing of some stages that no transfer is scored by; what they need is finished.
 
     Parameters
@@ -104,13 +106,15 @@ def run_stages(config: Config, stages: Sequence[Stage], say: Callable[[str], Non
         Each after those it needs.
     say
         Receives lines of progress.
+    tracker
+        Receives the curves of those that train; None sends none.
 
     Returns
     -------
     dict
         Title to reason of those that failed.
     """
-    runner = _Runner(config, open_place(config.results), [], stages, Tracker(None), say)
+    runner = _Runner(config, open_place(config.results), [], stages, tracker or Tracker(None), say)
     runner.run()
     return runner.failures
 

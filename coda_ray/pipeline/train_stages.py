@@ -124,8 +124,8 @@ def adapt(
     """Plan label-free adaptation of the feature extractor to one unit of a target (CODA, section 3).
 
     The objective of the pre-training goes on with all its weights (of DINO: student, teacher and both heads), or with those
-    that another adaptation left; optimizer, schedules and centre start anew. The number of steps is the same at every granularity: an epoch counts the tiles of the
-    whole target.
+    that another adaptation left; optimizer, schedules and centre start anew. The number of steps is the same at every
+    granularity: an epoch counts the tiles of the whole target.
 
     Parameters
     ----------

@@ -18,6 +18,7 @@ UNTOLD = ("bucket", "metadata", "tiles", "results", "stream", "train", "tracking
 EXPERIMENT_NOTE = (
     "Jobs of coda_ray: matrices, single adaptations and sweeps, with their transfers, training stages or trials below them.\n\n"
     "- all jobs: `tags.kind = 'job'`; sweeps alone: `tags.job = 'tune'`\n"
+    "- strategies on arriving plates: `tags.kind = 'course'`\n"
     "- transfers of one kind: `params.method = 'coda' and params.scope = 'whole'`\n"
     "- `oracle_…` reads labels of the target: for research, never to choose by\n"
 )
@@ -109,6 +110,11 @@ def trial_note(record: Mapping[str, Any], job: Mapping[str, Any]) -> str:
     how = {name: point.pop(name, settings[name]) for name in ("method", "granularity")}
     ends = [(source, target, seed) for source, target in settings["pairs"] for seed in settings["seeds"]]
     return _again(job, [{"source": source, "target": target, **how, "seed": seed, **point} for source, target, seed in ends])
+
+
+def course_note(record: Mapping[str, Any], job: Mapping[str, Any]) -> str:
+    """Say what a strategy does, and how to read its curves."""
+    return f"Part of *{job['name']}*. {record['strategy']}: {record['about']}. The step of its curves is the turn of a plate.\n"
 
 
 def _again(job: Mapping[str, Any], commands: Sequence[Mapping[str, Any]]) -> str:

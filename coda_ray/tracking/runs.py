@@ -104,6 +104,10 @@ class Tracker:
         """Send a trial of a sweep, as in `sweeps/<sweep key>/<trial key>.json`."""
         self._put(f"trial {record['key']}", lambda store: store.trial(record, self._ensure_parent(store), self._job))
 
+    def course(self, record: Mapping[str, Any]) -> None:
+        """Send a course of an online evaluation, as in `online/<job key>/<course key>.json`."""
+        self._put(f"course {record['key']}", lambda store: store.course(record, self._ensure_parent(store), self._job))
+
     def stage(self, title: str, key: str, history: pd.DataFrame | None) -> None:
         """Send the curves of a stage that several transfers stand on."""
 

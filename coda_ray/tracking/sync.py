@@ -19,7 +19,7 @@ class SyncCounts:
 
     Parameters
     ----------
-    jobs, transfers, stages, trials
+    jobs, transfers, stages, trials, courses
         Numbers of records.
     """
 
@@ -27,6 +27,7 @@ class SyncCounts:
     transfers: int
     stages: int
     trials: int
+    courses: int
 
 
 def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] | None = None) -> SyncCounts:
@@ -65,7 +66,8 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
     on_transfers = {record["history"] for record in transfers}
     stages = [path for path in sorted(stage_job) if path not in on_transfers]
     trials = [record for sweep in results.names("sweeps") for record in read_records(results, f"sweeps/{sweep}")]
-    done, total = 0, len(jobs) + len(transfers) + len(stages) + len(trials)
+    courses = [record for job in results.names("online") for record in read_records(results, f"online/{job}")]
+    done, total = 0, len(jobs) + len(transfers) + len(stages) + len(trials) + len(courses)
 
     def advance() -> None:
         nonlocal done
@@ -86,11 +88,14 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
     for record in trials:
         store.trial(record, parents.get(record["sweep"]), by_key.get(record["sweep"]))
         advance()
+    for record in courses:
+        store.course(record, parents.get(record["job"]), by_key.get(record["job"]))
+        advance()
     for job in jobs:
         _finish(store, job, frame)
         _send_report(results, store, job)
         advance()
-    return SyncCounts(len(jobs), len(transfers), sent, len(trials))
+    return SyncCounts(len(jobs), len(transfers), sent, len(trials), len(courses))
 
 
 def _oldest_first(results: Folder, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -84,7 +84,7 @@ def test_a_start_on_another_model_is_refused(config):
     with pytest.raises(ValueError, match=r"it adapts another model than pretrain dino-cb on a, seed 1"):
         adapt(config, other, "b", granularity="plate", unit="bb0p1", seed=0, start=chain(config, pretrained, ["bb0p0"])[0])
     model = tent(config, classify(config, "a", seed=0, extractor=pretrained), "b", granularity="plate", unit="bb0p0", seed=0)
-    with pytest.raises(ValueError, match="adapt tent .*: it adapts another model"):
+    with pytest.raises(ValueError, match=r"adapt tent .*: it adapts another model"):
         adapt(config, pretrained, "b", granularity="plate", unit="bb0p1", seed=0, start=model)
 
 

@@ -13,15 +13,18 @@ from mlflow import MlflowClient
 from coda_ray.config import ConfigError
 from coda_ray.jump.layout import PlateName
 from coda_ray.jump.prepare import preparation_of
-from coda_ray.online.evaluation import COLUMNS, compare, plan_courses, plates_of, render_summary, summary_of
+from coda_ray.online import evaluation
+from coda_ray.online.evaluation import COLUMNS, SCORES, compare, plan_courses, plates_of, render_summary, summary_of
 from coda_ray.pipeline import data
 from coda_ray.pipeline.data import DataError
 from coda_ray.pipeline.evaluate import predictions_of
 from coda_ray.pipeline.matrix import StagesFailedError
+from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.train_stages import lineage, pretrain
 from coda_ray.pipeline.transfer import Request, plan, with_needs
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import LABEL, TileStore
+from coda_ray.tracking.records import course_history, read_records
 from coda_ray.tracking.report_figures import PALETTE, online_figure
 from coda_ray.tracking.store import RunStore
 from coda_ray.tracking.sync import sync
@@ -138,6 +141,27 @@ def test_a_target_without_labels_is_told(stored, monkeypatch):
     monkeypatch.setattr(data, "scored", lambda config, source, index, classes: index.where(np.zeros(len(index), bool)))
     with pytest.raises(DataError, match=r"online\.target = 'b': none of its tiles has a MoA label that a knows"):
         plan_courses(stored)
+
+
+def test_a_plate_without_a_labelled_tile_has_costs_alone(stored, tmp_path, monkeypatch):
+    def score(config, results, answers):
+        scores = dict.fromkeys(SCORES, 0.5) | {"n_images": 12, "n_wells": 6}
+        return [{**answer.identity, **scores} for answer in answers if answer.identity["turn"] != 2]
+
+    monkeypatch.setattr(evaluation, "score", score)
+    monkeypatch.setattr(evaluation, "run_stages", lambda config, stages, say, tracker: {})
+    monkeypatch.setattr(Stage, "facts", lambda stage, results: {"steps": 4, "seconds": 2.0})
+    config = settings(tmp_path, tiles={"address": stored.tiles.address}, online={"strategies": ["plate"], "seeds": [0, 1]})
+    outcome = compare(config, "python jobs/online.py", lambda line: None)
+    one = outcome.table[outcome.table["seed"] == 1]
+    assert one["accuracy"].isna().tolist() == [False, True, False, False]
+    assert one["n_images"].tolist() == [12, 0, 12, 12]
+    assert one["seconds_so_far"].tolist() == [2, 4, 6, 8]
+    assert outcome.summary[["accuracy_mean", "accuracy_std", "steps_mean", "n_seeds"]].to_numpy().tolist() == [[0.5, 0, 16, 2]]
+    results = open_place(config.results)
+    (job,) = results.names("online")
+    records = read_records(results, f"online/{job}")
+    assert [course_history(record)["plate_accuracy"].isna().sum() for record in records] == [1, 1]
 
 
 def invented(strategy, seed, accuracy):

@@ -40,6 +40,7 @@ Method = Literal[
 # Fitted to a unit of the target. The others leave the model as it is, or treat each image or plate by itself.
 METHODS_PER_UNIT: frozenset[Method] = frozenset({"oda-mae", "oda", "coda", "sphering", "harmony", "tent"})
 Split = Literal["plate", "compounds"]
+Strategy = Literal["none", "plate", "batch", "continue", "reuse"]
 # Ray's job supervisor sets it for the driver of a submitted job, and for nothing else.
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -671,6 +672,22 @@ class Watch(Section):
     """Folder or `s3://` address (reached as results are) of the ledger and the report; unset: watch in the results."""
 
 
+class Online(Section):
+    """What jobs/online.py compares: strategies that predict the plates of a target as they arrive, one by one."""
+
+    source: str | None = None
+    """Source that the model is trained on."""
+    target: str | None = None
+    """Source whose plates arrive, by batch and name."""
+    method: Literal["oda-mae", "oda", "coda"] = "coda"
+    """What is adapted by."""
+    strategies: list[Strategy] = ["none", "plate", "batch", "continue", "reuse"]
+    """`none`: the source's model; `plate`: adapted to each plate; `batch`: to each batch once its last plate is there;
+    `continue`: to each plate, from where the plate before left the model; `reuse`: to the first plate, and used for all."""
+    seeds: list[Annotated[int, Field(ge=0)]] = [0]
+    """Seeds; the table shows mean and standard deviation over them."""
+
+
 class Range(Section):
     """Numbers between two ends."""
 
@@ -798,6 +815,8 @@ class Config(Section):
     """Predictions of jobs/predict.py."""
     watch: Watch = Watch()
     """Plates as they arrive, of jobs/watch.py."""
+    online: Online = Online()
+    """Plates as they arrive, simulated: the comparison of jobs/online.py."""
 
     @property
     def adapting(self) -> Dino:

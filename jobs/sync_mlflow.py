@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sync_mlflow.py: {address}: {type(error).__name__}: {one_line(error)}{lost}", file=sys.stderr)
         return 1
     told = f"{counts.jobs} jobs, {counts.transfers} transfers, {counts.stages} stages, {counts.trials} trials"
-    print(f"{address}: {told}, {counts.plates} plates")
+    print(f"{address}: {told}, {counts.courses} courses, {counts.plates} plates")
     return 0
 
 

@@ -21,7 +21,7 @@ from coda_ray.pipeline.layers import compare_layers, layers_of
 from coda_ray.pipeline.maps import map_features, map_of
 from coda_ray.pipeline.matrix import job_key, plan_all, requests_of, run_stages
 from coda_ray.pipeline.stage import Stage
-from coda_ray.pipeline.train_stages import pretrain
+from coda_ray.pipeline.train_stages import pretrain, root_of
 from coda_ray.pipeline.transfer import BOOTSTRAP_SEED, Request, Transfer, plan, stages_of, unadapted
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import COMPOUND, LABEL, UNIT_COLUMNS, TileIndex, content_key, read_tiles
@@ -294,7 +294,7 @@ def _planned(config: Config, results: Folder, request: Request) -> tuple[Shown, 
     """Plan what is drawn of one pair."""
     before, after = plan(config, request)
     adapted = cast(Stage, after.trained)
-    (extractor,) = adapted.needs
+    extractor = root_of(adapted)
     index = data.load_tiles(config, request.target)
     pair, notes = f"{request.source} → {request.target}", []
 

@@ -107,7 +107,7 @@ def run_stages(
     say
         Receives lines of progress.
     tracker
-        Shows their curves.
+        Receives the curves of those that train; None sends none.
 
     Returns
     -------

@@ -15,7 +15,7 @@ from coda_ray.jump.prepare import preparation_of
 from coda_ray.learn.exported import DESCRIPTION, WEIGHTS, ExportedModel, ModelError, pack, unpack
 from coda_ray.pipeline import networks
 from coda_ray.pipeline.stage import Stage
-from coda_ray.pipeline.train_stages import CONTINUED_BY, MODEL_ON, load_model, objective_of
+from coda_ray.pipeline.train_stages import CONTINUED_BY, MODEL_ON, lineage, load_model, objective_of, root_of
 from coda_ray.storage import Folder, open_place
 from coda_ray.tracking.card import CARD, model_card
 from coda_ray.tracking.records import READS_AT_A_TIME, read_records
@@ -66,8 +66,8 @@ class StoredModel:
 
     @property
     def stages(self) -> list[Stage]:
-        """Every stage that trained a part of it: pre-training, classifier, adaptation."""
-        return [*self.classifier.needs, self.classifier, *([self.adapted] if self.adapted else [])]
+        """Every stage that trained a part of it: pre-training, classifier, adaptations in their order."""
+        return [*self.classifier.needs, self.classifier, *(lineage(self.adapted)[1:] if self.adapted else [])]
 
     @property
     def origin(self) -> Origin:
@@ -324,7 +324,7 @@ def _not_run_from_here(folder: Folder, report: object) -> NoReturn:
 
 def _under(adapted: Stage, classifiers: Sequence[Stage]) -> list[Stage]:
     """List the classifiers whose feature extractor an adaptation continues; Tent adapts a classifier itself."""
-    base = adapted.needs[0]
+    base = root_of(adapted)
     return [base] if base.kind == "classify" else [c for c in classifiers if [need.key for need in c.needs] == [base.key]]
 
 

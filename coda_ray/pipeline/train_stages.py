@@ -119,12 +119,13 @@ def adapt(
     unit: str,
     seed: int,
     until: int | None = None,
+    start: Stage | None = None,
 ) -> Stage:
     """Plan label-free adaptation of the feature extractor to one unit of a target (CODA, section 3).
 
-    The objective of the pre-training goes on with all its weights (of DINO: student, teacher and both heads); optimizer,
-    schedules and centre start anew. The number of steps is the same at every granularity: an epoch counts the tiles of the
-    whole target.
+    The objective of the pre-training goes on with all its weights (of DINO: student, teacher and both heads), or with those
+    that another adaptation left; optimizer, schedules and centre start anew. The number of steps is the same at every
+    granularity: an epoch counts the tiles of the whole target.
 
     Parameters
     ----------
@@ -138,17 +139,25 @@ def adapt(
         Seed of samples and views.
     until
         The state after so many of the steps, as a stage of its own; the whole adaptation goes on from there.
+    start
+        An adaptation of the same pre-training that this one goes on from; None starts from the pre-training itself.
 
     Raises
     ------
     DataError
         When tiles have no partner and `adapt.no_partner` is `error`.
+    ValueError
+        When `start` adapts another pre-training.
     """
+    if start is not None and root_of(start).key != pretrained.key:
+        raise ValueError(f"{start.title}: it adapts another model than {pretrained.title}; start from an adaptation of this one")
+    begun = start or pretrained
     config = config.model_copy(update={"dino": config.adapting})
     objective: Pretraining = pretrained.inputs["objective"]
     source = pretrained.inputs["source"]
     tiles = data.adaptation_tiles(config, source, target, granularity, unit)
-    title = f"adapt {CONTINUED_BY[objective]} {source} to {target} {granularity} {unit}, seed {seed}"
+    after = f", after {start.inputs['granularity']} {start.inputs['unit']}" if start else ""
+    title = f"adapt {CONTINUED_BY[objective]} {source} to {target} {granularity} {unit}{after}, seed {seed}"
     note = tiles.check_partners(config, title) if objective == "dino-cb" else None
     optimisation = config.adapt
     if granularity != "source" and optimisation.minibatch_unit:
@@ -161,10 +170,10 @@ def adapt(
         "tiles": tiles.fingerprints,
     }
     epoch = len(data.known_tiles(config, source, target)) // config.adapt.minibatch
-    build = partial(_self_supervised_work, config, tiles, optimisation, epoch, seed, objective, pretrained, None)
+    build = partial(_self_supervised_work, config, tiles, optimisation, epoch, seed, objective, begun, None)
     make = partial(_make, config, optimisation, epoch, seed, title, build, note)
     workload = _workload(section_of(objective), tiles.anchored(), optimisation, epoch, pairs=objective == "dino-cb")
-    whole = Stage("adapt", title, inputs, make, (pretrained,), workload)
+    whole = Stage("adapt", title, inputs, make, (begun,), workload)
     return whole if until is None else _paused(config, whole, until)
 
 
@@ -223,9 +232,25 @@ def stage_tensors(config: Config, stage: Stage, name: str = "model.safetensors")
     return read_tensors(results.child(stage.path), name, facts["sha256"])
 
 
+def lineage(stage: Stage) -> list[Stage]:
+    """List an adaptation after those that it goes on from; first what the first of them adapts, a pre-training or (Tent) a model.
+
+    Parameters
+    ----------
+    stage
+        An adaptation; anything else stands for itself.
+    """
+    return [*lineage(stage.needs[0]), stage] if stage.kind == "adapt" else [stage]
+
+
+def root_of(stage: Stage) -> Stage:
+    """Find what an adaptation, or the first of a chain, adapts: a pre-training, or (Tent) a labelled stage."""
+    return lineage(stage)[0]
+
+
 def objective_of(stage: Stage) -> Pretraining:
     """Name the objective of a pre-training, or of an adaptation that continues it."""
-    objective: Pretraining = (stage.needs[0] if stage.needs else stage).inputs["objective"]
+    objective: Pretraining = root_of(stage).inputs["objective"]
     return objective
 
 
@@ -350,7 +375,7 @@ def _self_supervised_work(
     start: Stage | None,
     monitored: str | None,
 ) -> Work:
-    """Build DINO or the masked autoencoder on the worker, from initial weights or from a pre-training."""
+    """Build DINO or the masked autoencoder on the worker, from initial weights, a pre-training or an adaptation."""
     epoch = max(1, epoch)
     settings, channels = networks.unfilled(config) if start else config, len(tiles.pool.channels)
     learner: DinoObjective | MaeObjective

@@ -19,6 +19,7 @@ EXPERIMENT_NOTE = (
     "Jobs of coda_ray: matrices, single adaptations and sweeps, with their transfers, training stages or trials below them.\n\n"
     "- all jobs: `tags.kind = 'job'`; sweeps alone: `tags.job = 'tune'`\n"
     "- plates that a watcher took: `tags.kind = 'plate'`\n"
+    "- strategies on arriving plates: `tags.kind = 'course'`\n"
     "- transfers of one kind: `params.method = 'coda' and params.scope = 'whole'`\n"
     "- `oracle_…` reads labels of the target: for research, never to choose by\n"
 )
@@ -127,6 +128,11 @@ def plate_note(record: Mapping[str, Any]) -> str:
         f"Drift of its DMSO images, in standard deviations of the source: {drift}{near}{limit}.\n\n"
         f"Predictions: `{record['folder']}`\n"
     )
+
+
+def course_note(record: Mapping[str, Any], job: Mapping[str, Any]) -> str:
+    """Say what a strategy does, and how to read its curves."""
+    return f"Part of *{job['name']}*. {record['strategy']}: {record['about']}. The step of its curves is the turn of a plate.\n"
 
 
 def _again(job: Mapping[str, Any], commands: Sequence[Mapping[str, Any]]) -> str:

@@ -81,6 +81,27 @@ def trial_measures(record: Mapping[str, Any]) -> dict[str, float]:
     return found | ({"score_std": record["score_std"]} if record.get("score_std") is not None else {})
 
 
+def course_history(record: Mapping[str, Any]) -> pd.DataFrame:
+    """Lay a course of an online evaluation out as log points, one per turn.
+
+    Parameters
+    ----------
+    record
+        As in `online/<job key>/<course key>.json`.
+
+    Returns
+    -------
+    DataFrame
+        Columns step (the turn), time_ms, and float64 measures: plate_accuracy, plate_macro_f1 (null where a plate has no label),
+        seconds_so_far, steps_so_far.
+    """
+    turns = pd.DataFrame(record["turns"]).rename(columns={"accuracy": "plate_accuracy", "macro_f1": "plate_macro_f1"})
+    measures = ["plate_accuracy", "plate_macro_f1", "seconds_so_far", "steps_so_far"]
+    return turns.assign(step=turns["turn"], time_ms=record["time_ms"])[["step", "time_ms", *measures]].astype(
+        dict.fromkeys(measures, "float64")
+    )
+
+
 def read_history(results: Folder, stage_path: str | None) -> pd.DataFrame | None:
     """Read the log points of a stage; None where it left none.
 

@@ -285,6 +285,46 @@ def layer_figure(found: LayerComparison) -> Figure:
     return figure
 
 
+def online_figure(table: pd.DataFrame, title: str) -> Figure:
+    """Draw what strategies make of plates as they arrive: accuracy plate by plate, and beside it what it cost so far.
+
+    Parameters
+    ----------
+    table
+        Columns strategy, seed, turn, batch, plate, accuracy, seconds_so_far.
+    title
+        What is compared.
+
+    Returns
+    -------
+    Figure
+        Means over seeds; whiskers are their standard deviation. Dotted lines part the batches.
+    """
+    strategies = list(dict.fromkeys(table["strategy"]))
+    plates = table.drop_duplicates("turn").sort_values("turn")
+    figure = _figure(min(PAGE_INCHES, 4.5 + 0.7 * len(plates)), 4.2)
+    panels = figure.subplots(1, 2, width_ratios=[3, 2])
+    for number, (name, style) in enumerate(category_styles(strategies).items()):
+        shift = (number - (len(strategies) - 1) / 2) * 0.08
+        for panel, column, factor in zip(panels, ("accuracy", "seconds_so_far"), (100, 1), strict=True):
+            of_turn = factor * table[table["strategy"] == name].groupby("turn")[column].agg(["mean", "std"])
+            panel.errorbar(
+                of_turn.index + shift, of_turn["mean"], of_turn["std"].fillna(0.0), fmt=style.marker, ls="-", lw=1.2, ms=5,
+                color=style.colour, capsize=2, label=name,
+            )  # fmt: skip
+    for panel in panels:
+        for turn, before, batch in zip(plates["turn"][1:], plates["batch"], plates["batch"][1:], strict=False):
+            if batch != before:
+                panel.axvline(turn - 0.5, color="0.7", ls=":", lw=1)
+        panel.set_xticks(plates["turn"], plates["plate"], fontsize=7, rotation=45, ha="right")
+        _plain_frame(panel)
+    panels[0].set_ylabel("accuracy (%)", fontsize=9)
+    panels[1].set_ylabel("seconds of adaptation so far", fontsize=9)
+    _legend(figure, panels[0])
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
 def _figure(width: float, height: float) -> Figure:
     """Make an empty figure."""
     return Figure(figsize=(max(width, 5.5), height), dpi=DPI, layout="constrained")

@@ -113,6 +113,10 @@ class Tracker:
         job = dict(self._job or {})
         self._put(f"plates of {job['name']}", lambda store: store.watched(job, table, files))
 
+    def course(self, record: Mapping[str, Any]) -> None:
+        """Send a course of an online evaluation, as in `online/<job key>/<course key>.json`."""
+        self._put(f"course {record['key']}", lambda store: store.course(record, self._ensure_parent(store), self._job))
+
     def stage(self, title: str, key: str, history: pd.DataFrame | None) -> None:
         """Send the curves of a stage that several transfers stand on."""
 

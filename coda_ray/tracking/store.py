@@ -24,6 +24,7 @@ from coda_ray.tracking.notes import (
     CONFIG,
     EXPERIMENT_NOTE,
     config_text,
+    course_note,
     job_note,
     markdown_matrices,
     plate_name,
@@ -35,7 +36,7 @@ from coda_ray.tracking.notes import (
     trial_note,
 )
 from coda_ray.tracking.outbox import without_password
-from coda_ray.tracking.records import IDENTITY, MEASURES, SCORES, trial_measures
+from coda_ray.tracking.records import IDENTITY, MEASURES, SCORES, course_history, trial_measures
 from coda_ray.tracking.table import mean_scores
 
 if TYPE_CHECKING:
@@ -305,6 +306,35 @@ class RunStore:
         self._send_differences(run, params=values, tags=tags, values=trial_measures(record))
         self._send_data(run, job.get("data", []) if job else [])
         self.end(run.info.run_id, ENDS.get(record["status"], "FINISHED"), history)
+        return str(run.info.run_id)
+
+    def course(self, record: Mapping[str, Any], parent: str | None, job: Mapping[str, Any] | None = None) -> str:
+        """Send one strategy with one seed: what it is as params, means as metrics, accuracy and cost as curves by turn.
+
+        Parameters
+        ----------
+        record
+            The course's record.
+        parent
+            Run id of the job.
+        job
+            The job's record, for the description and the data.
+
+        Returns
+        -------
+        str
+            Run id.
+        """
+        name = f"{record['strategy']}, {record['method']} {record['source']} → {record['target']}, seed {record['seed']}"
+        # The same course in another job is another run.
+        run = self._ensure("course", f"{record['job']} {record['key']}", name, parent, None)
+        params = {name: str(record[name]) for name in ("strategy", "source", "target", "method", "seed")}
+        values = {name: float(value) for name, value in record["scores"].items() if value is not None}
+        self._curves(run, course_history(record))
+        self._send_differences(run, params, {NOTE_TAG: course_note(record, job)} if job else {}, values)
+        self._send_data(run, job.get("data", []) if job else [])
+        if run.info.status != "FINISHED":
+            self.end(run.info.run_id)
         return str(run.info.run_id)
 
     def plate(self, record: Mapping[str, Any], picture: bytes | None, parent: str | None) -> str:

@@ -19,7 +19,7 @@ class SyncCounts:
 
     Parameters
     ----------
-    jobs, transfers, stages, trials, plates
+    jobs, transfers, stages, trials, courses, plates
         Numbers of records.
     """
 
@@ -27,6 +27,7 @@ class SyncCounts:
     transfers: int
     stages: int
     trials: int
+    courses: int
     plates: int
 
 
@@ -66,8 +67,9 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
     on_transfers = {record["history"] for record in transfers}
     stages = [path for path in sorted(stage_job) if path not in on_transfers]
     trials = [record for sweep in results.names("sweeps") for record in read_records(results, f"sweeps/{sweep}")]
+    courses = [record for job in results.names("online") for record in read_records(results, f"online/{job}")]
     plates = [record for job in results.names(WATCHED) for record in read_records(results, f"{WATCHED}/{job}")]
-    done, total = 0, len(jobs) + len(transfers) + len(stages) + len(trials) + len(plates)
+    done, total = 0, sum(map(len, (jobs, transfers, stages, trials, courses, plates)))
 
     def advance() -> None:
         nonlocal done
@@ -88,6 +90,9 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
     for record in trials:
         store.trial(record, parents.get(record["sweep"]), by_key.get(record["sweep"]))
         advance()
+    for record in courses:
+        store.course(record, parents.get(record["job"]), by_key.get(record["job"]))
+        advance()
     for record in plates:
         store.plate(record, _picture(results, record), parents.get(record["job"]))
         advance()
@@ -95,7 +100,7 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
         _finish(store, job, frame)
         _send_report(results, store, job)
         advance()
-    return SyncCounts(len(jobs), len(transfers), sent, len(trials), len(plates))
+    return SyncCounts(len(jobs), len(transfers), sent, len(trials), len(courses), len(plates))
 
 
 def _oldest_first(results: Folder, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:

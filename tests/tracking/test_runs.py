@@ -291,7 +291,7 @@ def test_sync_twice_gives_the_same_runs_and_points(results, store, capsys, tmp_p
     assert n_points(store) == points
     assert {run.info.run_id for run in runs_by_kind(store)["job"]} == {run.info.run_id for run in runs["job"]}
     assert sync_mlflow.main([f"--results.address={results.root}"]) == 0
-    assert "1 jobs, 10 transfers, 1 stages, 0 trials" in capsys.readouterr().out
+    assert "1 jobs, 10 transfers, 1 stages, 0 trials, 0 courses" in capsys.readouterr().out
     assert n_points(store) == points
 
 

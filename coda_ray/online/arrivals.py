@@ -130,7 +130,10 @@ class Arrivals:
         # Some at a time, so that the lists of many plates are never in memory together.
         for first in range(0, len(plates), LISTS_KEPT):
             for one in self._judge({plate: found[plate] for plate in plates[first : first + LISTS_KEPT]}):
-                arrived.append(one) if isinstance(one, Arrival) else waiting.append(one)
+                if isinstance(one, Arrival):
+                    arrived.append(one)
+                else:
+                    waiting.append(one)
         self._seen = {plate: seen for plate, seen in self._seen.items() if plate in found}
         return sorted(arrived, key=lambda one: (one.changed, one.plate)), sorted(waiting, key=lambda one: one.plate)
 
@@ -160,23 +163,24 @@ class Arrivals:
         """Image lists of the bucket."""
         dataset = self.ingest.dataset
         sources = self.watch.targets or [name for name in self.bucket.names(dataset) if self._is_target(name)]
-        folders = [f"{dataset}/{source}/workspace/{folder}" for source in sources for folder in LIST_FOLDERS]
+        return self._lists_below([f"{dataset}/{source}/workspace/{folder}" for source in sources for folder in LIST_FOLDERS])
+
+    def _lists_below(self, folders: Sequence[str]) -> dict[PlateName, StoredFile | None]:
+        """The image list of each plate that has one below these folders."""
         with ThreadPoolExecutor(self.ingest.threads) as pool:
-            return _image_lists(dataset, [file for found in pool.map(self.bucket.files, folders) for file in found])
+            return _image_lists(self.ingest.dataset, [file for found in pool.map(self.bucket.files, folders) for file in found])
 
     def _notified(self, events: "_Events", skip: Set[PlateName]) -> Mapping[PlateName, StoredFile | None]:
         """Plates that notifications have named, with their image lists; None where that is not there."""
-        dataset = self.ingest.dataset
-        events.refresh(self.bucket)
-        lists = [found[0] for key in events.keys if (found := _list_of(dataset, key))]
-        named = [plate for plate in dict.fromkeys(lists) if plate not in skip]
-        folders = [
-            f"{dataset}/{plate.source}/workspace/{folder}/{plate.batch}/{plate.plate}"
-            for plate in named
-            for folder in LIST_FOLDERS
-        ]
-        with ThreadPoolExecutor(self.ingest.threads) as pool:
-            there = _image_lists(dataset, [file for found in pool.map(self.bucket.files, folders) for file in found])
+        events.refresh(self.bucket, self.ingest.dataset)
+        named = [plate for plate in events.plates if plate not in skip]
+        there = self._lists_below(
+            [
+                f"{self.ingest.dataset}/{plate.source}/workspace/{folder}/{plate.batch}/{plate.plate}"
+                for plate in named
+                for folder in LIST_FOLDERS
+            ]
+        )
         return {plate: there.get(plate) for plate in named}
 
     def _tables(self) -> Tables:
@@ -249,20 +253,20 @@ class Arrivals:
 
 
 class _Events:
-    """Keys of new objects that notifications have named so far.
+    """Plates whose image list notifications have named so far.
 
     Attributes
     ----------
-    keys
-        Relative to the bucket, without repetition, in the order in which they were read.
+    plates
+        Without repetition, in the order in which they were read.
     """
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
-        self.keys: dict[str, None] = {}
+        self.plates: dict[PlateName, None] = {}
         self._read: set[tuple[str, str]] = set()
 
-    def refresh(self, bucket: Folder) -> None:
+    def refresh(self, bucket: Folder, dataset: str) -> None:
         """Read the files that are new; one that is no notification is told in the log."""
         new = [file for file in self.folder.files() if (file.path, file.tag) not in self._read]
         with ThreadPoolExecutor(READS_AT_A_TIME) as pool:
@@ -274,7 +278,9 @@ class _Events:
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 log.warning("%s: no S3 event notification (%r); it is passed over", self.folder.address(file.path), error)
                 continue
-            self.keys |= dict.fromkeys(key for name, one in found if (key := _key_in(bucket, name, one)) is not None)
+            keys = [_key_in(bucket, name, key) for name, key in found]
+            lists = [one for key in keys if key is not None and (one := _list_of(dataset, key))]
+            self.plates |= dict.fromkeys(plate for plate, _ in lists)
 
     def _content(self, file: StoredFile) -> bytes:
         """One file; one that was deleted meanwhile says nothing."""

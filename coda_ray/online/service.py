@@ -78,7 +78,7 @@ def _begin(config: Config, lease: Lease, by: str, tracker: Tracker, command: str
         models = Models(config, command, tracker, say)
         ledger = Ledger.open(watch_folder(config).child("ledger"), models.identity, by)
         # The first entry of a watcher keeps one that slept through its lease from writing another.
-        ledger.claim(WATCHING)
+        ledger.claim(WATCHING, term=lease.term)
         models.begin()
     except FileNotFoundError as error:  # tiles of the source that are not there
         raise ConfigError(str(error)) from error

@@ -128,6 +128,7 @@ def run_online(config: Config, command: str) -> int:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
     with told_in_one_line(sys.argv[0], StagesFailedError):
+        _check(config)
         start_ray()
         try:
             outcome = compare(config, command, tell)
@@ -208,19 +209,25 @@ def plan_courses(config: Config) -> list[Course]:
     DataError
         When tiles, labels or partners are not there.
     """
+    _check(config)
+    settings = config.online
+    source, target = cast(str, settings.source), cast(str, settings.target)
+    requests = [Request(source, target, settings.method, "plate", seed, config.split) for seed in dict.fromkeys(settings.seeds)]
+    return [_course(config, request, strategy) for request in requests for strategy in dict.fromkeys(settings.strategies)]
+
+
+def _check(config: Config) -> None:
+    """Refuse a section `online` that is not whole, or that `adapt.plates` contradicts."""
     settings = config.online
     for field in ("source", "target", "strategies", "seeds"):
         if not getattr(settings, field):
             raise ConfigError(f"online.{field} is empty; give --online.{field}, or online.{field} in the configuration file")
-    source, target = cast(str, settings.source), cast(str, settings.target)
-    if source == target:
-        raise ConfigError(f"online.target = {target!r}: it is the source too; name another")
+    if settings.source == settings.target:
+        raise ConfigError(f"online.target = {settings.target!r}: it is the source too; name another")
     if config.adapt.plates:
         raise ConfigError(
             f"adapt.plates = {config.adapt.plates}: the order of arrival says which plates are known; leave it empty"
         )
-    requests = [Request(source, target, settings.method, "plate", seed, config.split) for seed in dict.fromkeys(settings.seeds)]
-    return [_course(config, request, strategy) for request in requests for strategy in dict.fromkeys(settings.strategies)]
 
 
 def plates_of(config: Config, target: str) -> list[PlateName]:

@@ -170,6 +170,9 @@ def adapt(
         "tiles": tiles.fingerprints,
     }
     epoch = len(data.known_tiles(config, source, target)) // config.adapt.minibatch
+    if config.adapt.plates:
+        # What `N epochs` count is not always in the fingerprints of the tiles.
+        inputs["epoch"] = epoch
     build = partial(_self_supervised_work, config, tiles, optimisation, epoch, seed, objective, begun, None)
     make = partial(_make, config, optimisation, epoch, seed, title, build, note)
     workload = _workload(section_of(objective), tiles.anchored(), optimisation, epoch, pairs=objective == "dino-cb")

@@ -170,8 +170,8 @@ def adapt(
         "tiles": tiles.fingerprints,
     }
     epoch = len(data.known_tiles(config, source, target)) // config.adapt.minibatch
-    if config.adapt.plates:
-        # What `N epochs` count is not always in the fingerprints of the tiles.
+    if config.adapt.partner_pool == "unit" and isinstance(config.adapt.steps, str):
+        # The tiles of the whole target, which an epoch counts, are in no fingerprint then.
         inputs["epoch"] = epoch
     build = partial(_self_supervised_work, config, tiles, optimisation, epoch, seed, objective, begun, None)
     make = partial(_make, config, optimisation, epoch, seed, title, build, note)

@@ -2,8 +2,8 @@
 
 One Ray Data pipeline over all plates, so that the model is loaded once per process and not once per plate:
 
-    sample numbers ──► read tasks (tiles) ──► a pool of actors that hold the model ──► driver: a plate is written when its
-                                                                                       last tile is in, `plate.json` last
+    sample numbers ──► read tasks (tiles) ──► processes that hold the model ──► driver: a plate is written when its last
+                                                                                tile is in, `plate.json` last
 
 Ray Data's back-pressure bounds what is in flight, and the driver holds the plates that are not whole yet. A stage of Ray Train
 would need a group of workers per plate, or results of all plates in one piece; here a plate is the unit that is resumed.
@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
@@ -24,7 +24,7 @@ import pyarrow as pa
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from ray.exceptions import RayTaskError
 
 from coda_ray.config import Config, ConfigError, Train
@@ -314,7 +314,7 @@ def _replicates_alike(compounds: "pd.Series[str]", predicted: "pd.Series[str]") 
 
 
 class _Predictor:
-    """An actor of the pool: holds the model."""
+    """Holds the model in a process: an actor of the pool on a GPU, in a warm process elsewhere."""
 
     def __init__(self, model: "list[ray.ObjectRef[ExportedModel]]", train: Train) -> None:
         torch.set_num_threads(train.threads)
@@ -332,6 +332,19 @@ class _Predictor:
             kept[name] = getattr(found, name).cpu().numpy()
             kept[name][~batch["readable"]] = np.nan
         return kept
+
+
+# The model that this process holds, by its key and how it is run.
+_held: dict[str, _Predictor] = {}
+
+
+def _predict_warm(batch: Columns, *, key: str, model: "list[ray.ObjectRef[ExportedModel]]", train: Train) -> Columns:
+    """Predict a mini-batch in a process that Ray keeps: the first one of a model loads it, the next ones find it."""
+    name = f"{key} {train.model_dump_json()}"
+    if name not in _held:
+        _held.clear()
+        _held[name] = _Predictor(model, train)
+    return _held[name](batch)
 
 
 def _is_done(out: Folder, index: TileIndex, model: ExportedModel) -> bool:
@@ -385,15 +398,17 @@ def _stream(config: Config, model: ExportedModel, index: TileIndex, workers: int
     step = config.stream.segment_steps * minibatch
     for begin in range(0, len(index), step):
         dataset = sample_dataset(source, np.arange(begin, min(begin + step, len(index)), dtype=np.int64), settings)
-        predicted = dataset.map_batches(
-            cast(Any, _Predictor),
-            fn_constructor_kwargs={"model": [held], "train": train},
-            batch_size=minibatch,
-            batch_format="numpy",
-            compute=ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
-            num_cpus=train.cpus_per_worker,
-            num_gpus=train.gpus_per_worker or None,
-        )
+        rows = partial(dataset.map_batches, batch_size=minibatch, batch_format="numpy", num_cpus=train.cpus_per_worker)
+        if train.gpus_per_worker:
+            # A task that used a GPU takes its process, and the model in it, along when it ends.
+            pool = ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers)
+            constructor = {"model": [held], "train": train}
+            predicted = rows(
+                cast(Any, _Predictor), fn_constructor_kwargs=constructor, compute=pool, num_gpus=train.gpus_per_worker
+            )
+        else:
+            told = {"key": model.key, "model": [held], "train": train}
+            predicted = rows(cast(Any, _predict_warm), fn_kwargs=told, compute=TaskPoolStrategy(size=workers))
         yield from cast(Iterator[Columns], predicted.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
 
 

@@ -3,7 +3,7 @@
 A plate's DMSO images are described by the mean and standard deviation of each feature. The distance of two such descriptions is
 the 2-Wasserstein distance of normal distributions with diagonal covariance (Dowson & Landau, J. Multivar. Anal. 1982), per
 feature, in standard deviations of the source: 1 means that the controls are shifted, or spread, by as much as the source's images
-differ.
+differ. What two samples of the same images would differ by is subtracted, so that few images make it no larger.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 
 # A plate is unusual when it is so many times further than the furthest of the source's own plates from its others.
 BEYOND_THE_ORDINARY = 1.5
+# No model minds less (standard deviations), however alike the plates of the source are.
+LEAST_THRESHOLD = 0.1
+# Whose spread can be told.
+LEAST_IMAGES = 2
 
 
 @dataclass(frozen=True)
@@ -24,10 +28,18 @@ class Controls:
     ----------
     mean, std
         (D,) float64, of each feature over the images.
+    images
+        How many.
     """
 
     mean: NDArray[np.float64]
     std: NDArray[np.float64]
+    images: int
+
+    @property
+    def noise(self) -> NDArray[np.float64]:
+        """(D,) Variance of mean and standard deviation over samples of so many images: σ²/n, and σ²/2(n - 1) of a normal one."""
+        return self.std**2 * (1 / self.images + 0.5 / (self.images - 1))
 
     @classmethod
     def of(cls, features: NDArray[np.floating]) -> "Controls":
@@ -36,12 +48,12 @@ class Controls:
         Raises
         ------
         ValueError
-            When there is no image.
+            When there are fewer than `LEAST_IMAGES`.
         """
-        if not len(features):
-            raise ValueError("no DMSO image to describe")
+        if len(features) < LEAST_IMAGES:
+            raise ValueError(f"{len(features)} DMSO image(s), of which nothing can be said; {LEAST_IMAGES} or more are needed")
         values = np.asarray(features, np.float64)
-        return cls(values.mean(0), values.std(0))
+        return cls(values.mean(0), values.std(0, ddof=1), len(values))
 
 
 @dataclass(frozen=True)
@@ -66,11 +78,11 @@ class Reference:
         Raises
         ------
         ValueError
-            When no plate has a DMSO image.
+            When no plate has DMSO images.
         """
-        known = [plate for plate in plates if len(plate)]
+        known = [plate for plate in plates if len(plate) >= LEAST_IMAGES]
         if not known:
-            raise ValueError("the source has no DMSO image (Metadata_Control = negcon); drift is measured from them")
+            raise ValueError("no plate of the source has DMSO images (Metadata_Control = negcon); drift is measured from them")
         source = cls(Controls.of(np.concatenate(known)), ())
         if len(known) == 1:
             return source
@@ -81,16 +93,16 @@ class Reference:
     @property
     def threshold(self) -> float | None:
         """Distance from the source that none of its own plates comes near; None where it has one plate."""
-        return BEYOND_THE_ORDINARY * max(self.between) if self.between else None
+        return max(LEAST_THRESHOLD, BEYOND_THE_ORDINARY * max(self.between)) if self.between else None
 
     def distance(self, one: Controls, other: Controls) -> float:
-        """Distance of two descriptions, in standard deviations of the source.
+        """Distance of two descriptions, in standard deviations of the source; 0 where chance alone explains more.
 
         Features that do not vary on the source are left out.
         """
         varies = self.source.std > 0
-        square = (one.mean - other.mean) ** 2 + (one.std - other.std) ** 2
-        return float(np.sqrt(np.mean(square[varies] / self.source.std[varies] ** 2)))
+        square = (one.mean - other.mean) ** 2 + (one.std - other.std) ** 2 - one.noise - other.noise
+        return float(np.sqrt(max(0.0, np.mean(square[varies] / self.source.std[varies] ** 2))))
 
     def drift(self, plate: Controls) -> float:
         """Distance of a plate from the source."""

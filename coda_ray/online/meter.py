@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from coda_ray.analysis.drift import Controls, Reference
+from coda_ray.analysis.drift import LEAST_IMAGES, Controls, Reference
 from coda_ray.config import Config
 from coda_ray.jump.layout import METADATA, PlateName
 from coda_ray.jump.tables import CONTROL, NEGATIVE_CONTROL
@@ -72,11 +72,11 @@ class DriftMeter:
             predict(self.config, self.model, whole, show)
 
     def controls(self, plates: Sequence[PlateName]) -> Controls | None:
-        """Describe the DMSO images of some plates that were embedded; None where they have none."""
+        """Describe the DMSO images of some plates that were embedded; None where they have too few."""
         names = tuple(plates)
         if names not in self._known:
             features = self._features(names)
-            self._known[names] = Controls.of(features) if len(features) else None
+            self._known[names] = Controls.of(features) if len(features) >= LEAST_IMAGES else None
         return self._known[names]
 
     def _features(self, plates: Sequence[PlateName]) -> NDArray[np.float32]:

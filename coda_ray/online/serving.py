@@ -99,7 +99,7 @@ class Models:
             "ingest.dataset": config.ingest.dataset,
             "tiles": content_key(preparation_of(config)),
             **{f"watch.{name}": getattr(settings, name) for name in ("source", "method", "seed")},
-            "models": content_key(adapting),
+            "watch.source's model and how it is adapted": content_key(adapting),
         }
 
     @property

@@ -22,14 +22,33 @@ def plates(count, *, shift=0.0, gain=1.0, seed=0, images=60):
 def test_it_is_the_distance_of_diagonal_normal_distributions():
     one, other = plates(1, seed=1)[0], plates(1, seed=2, shift=1.0, gain=1.3)[0]
     reference = Reference.of(plates(3))
-    std = np.concatenate(plates(3)).std(0)
+    std = np.concatenate(plates(3)).std(0, ddof=1)
     # Dowson & Landau: |m - m'|² + tr(S + S' - 2 (S S')^½), feature by feature.
     square = [
-        ((a.mean() - b.mean()) ** 2 + a.var() + b.var() - 2 * np.sqrt(a.var() * b.var())) / s**2
+        (
+            (a.mean() - b.mean()) ** 2
+            + a.var(ddof=1)
+            + b.var(ddof=1)
+            - 2 * a.std(ddof=1) * b.std(ddof=1)
+            - (1 / 60 + 1 / 118) * (a.var(ddof=1) + b.var(ddof=1))
+        )
+        / s**2
         for a, b, s in zip(one.T, other.T, std, strict=True)
     ]
     assert reference.distance(Controls.of(one), Controls.of(other)) == pytest.approx(np.sqrt(np.mean(square)))
     assert reference.distance(Controls.of(one), Controls.of(one)) == 0
+
+
+@pytest.mark.parametrize("images", [4, 12, 100])
+def test_few_images_make_it_no_larger(images):
+    """Samples of the same images are at no distance, on average over the square, whatever their number."""
+    rng = np.random.default_rng(0)
+    reference = Reference.of(list(rng.normal(0, 2, (3, 400, D))))
+    near = [reference.drift(Controls.of(rng.normal(0, 2, (images, D)))) for _ in range(200)]
+    # The biased distance would be 1.5 / images.
+    assert np.mean(np.square(near)) < 0.2 * 1.5 / images
+    moved = [reference.drift(Controls.of(rng.normal(2, 2, (images, D)))) for _ in range(200)]
+    assert np.mean(np.square(moved)) == pytest.approx(1, abs=0.1)
 
 
 def test_another_microscope_is_beyond_the_ordinary_and_another_plate_is_not():
@@ -57,7 +76,7 @@ def test_constant_features_and_single_plates_are_no_trouble():
     single = Reference.of(known[:1])
     assert (single.between, single.threshold) == ((), None)
     assert Reference.of([known[0], known[1][:0]]).between == ()
-    with pytest.raises(ValueError, match="no DMSO image"):
-        Reference.of([known[0][:0]])
-    with pytest.raises(ValueError, match="no DMSO image"):
-        Controls.of(known[0][:0])
+    with pytest.raises(ValueError, match="no plate of the source has DMSO images"):
+        Reference.of([known[0][:1]])
+    with pytest.raises(ValueError, match=r"1 DMSO image\(s\)"):
+        Controls.of(known[0][:1])

@@ -1,13 +1,17 @@
 """Plates from arrival to predictions: on a simulated bucket and a real Ray, undisturbed, killed at every entry, and broken."""
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import pandas as pd
 import pytest
+import tifffile
+from scipy.ndimage import gaussian_filter
 
 from coda_ray.config import ConfigError
 from coda_ray.jump.ingest import run_ingest
@@ -315,24 +319,43 @@ def test_of_two_watchers_one_works(lab):
     assert here.lines[-1].startswith("1 plates: 1 reported, 0 set aside, 0 on their way")
 
 
+def defocused(content):
+    """The same field of view, out of focus."""
+    image = tifffile.imread(io.BytesIO(content))
+    sink = io.BytesIO()
+    tifffile.imwrite(sink, gaussian_filter(image.astype(np.float32), 2.5).round().astype(np.uint16))
+    return sink.getvalue()
+
+
 def test_drift_fires_on_another_microscope_and_not_on_an_ordinary_new_plate(ray_cluster, tmp_path):
-    gallery = write_tiny(tmp_path / "gallery", sources=["sim_a", "sim_b"], batches_per_source=4, dmso_wells=12, sites_per_well=2)
+    shape = {"sources": ["sim_a", "sim_b"], "batches_per_source": 4, "dmso_wells": 12, "sites_per_well": 2}
+    gallery = write_tiny(tmp_path / "gallery", **shape)
     config = small_config(
         tmp_path,
         bucket={"address": str(gallery)},
         metadata={"address": str(gallery / "metadata")},
+        ingest={"sources": ["sim_a"]},
         watch={"source": "sim_a", "policy": "nearest"},
         views={"tile_crop": 40, "size_global": 32, "size_local": 16},
     )
     run_ingest(config, lambda _: None)
+    data.forget()
     models = Models(config, "watch", Tracker(None), print)
     models.begin()
     meter = DriftMeter(config, models.export(models.source).model, silent)
     # The source's held-out plate took no part in its model or its reference: it is an ordinary new plate.
     ordinary = data.held_out_tiles(config, "sim_a").without_labels()
-    others = data.load_tiles(config, "sim_b").without_labels()
-    meter.embed([ordinary, others], "")
-    (plate,) = plates_of(ordinary)
-    assert meter.reference.drift(meter.controls([plate])) < meter.threshold
-    for plate in plates_of(others):
-        assert meter.reference.drift(meter.controls([plate])) > meter.threshold
+    (name,) = plates_of(ordinary)
+    meter.embed([ordinary], "")
+    assert meter.reference.drift(meter.controls([name])) < meter.threshold
+
+    # The same cells under a microscope that is out of focus.
+    (plate,) = [plate for plate in draw_plates(PRESETS["tiny"].model_copy(update=shape)) if plate.name == name.plate]
+    deliver_plate(open_place(place(gallery)), open_place(place(tmp_path / "other")), plate, defocused)
+    moved = {"bucket": place(tmp_path / "other"), "tiles": place(tmp_path / "others")}
+    moved["ingest"] = config.ingest.model_copy(update={"plates": [plate.name]})
+    other = config.model_copy(update=moved)
+    run_ingest(other, lambda _: None)
+    blurred = DriftMeter(config, meter.model, silent)
+    blurred.embed([data.load_tiles(other, "sim_a").without_labels()], "")
+    assert meter.reference.drift(blurred.controls([name])) > meter.threshold

@@ -100,10 +100,19 @@ class Reference:
 
         Features that do not vary on the source are left out.
         """
-        varies = self.source.std > 0
-        square = (one.mean - other.mean) ** 2 + (one.std - other.std) ** 2 - one.noise - other.noise
-        return float(np.sqrt(max(0.0, np.mean(square[varies] / self.source.std[varies] ** 2))))
+        return float(np.sqrt(max(0.0, self._square(one, other))))
+
+    def nearest(self, plate: Controls, known: Sequence[Controls]) -> tuple[int, float]:
+        """Find which of some descriptions a plate is least distant from, and how far; chance does not make a tie of them."""
+        number = int(np.argmin([self._square(plate, one) for one in known]))
+        return number, self.distance(plate, known[number])
 
     def drift(self, plate: Controls) -> float:
         """Distance of a plate from the source."""
         return self.distance(plate, self.source)
+
+    def _square(self, one: Controls, other: Controls) -> float:
+        """Square of a distance, which chance can make negative."""
+        varies = self.source.std > 0
+        square = (one.mean - other.mean) ** 2 + (one.std - other.std) ** 2 - one.noise - other.noise
+        return float(np.mean(square[varies] / self.source.std[varies] ** 2))

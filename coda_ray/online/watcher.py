@@ -339,9 +339,8 @@ class Watcher:
         if own is None:
             return self.models.source, None
         known = [(self.models.source, reference.source), *self._units(journey)]
-        distances = [reference.distance(own, controls) for _, controls in known]
-        nearest = int(np.argmin(distances))
-        return known[nearest][0], round(distances[nearest], 4)
+        number, distance = reference.nearest(own, [controls for _, controls in known])
+        return known[number][0], round(distance, 4)
 
     def _units(self, journey: Journey) -> Iterator[tuple[Choice, Controls]]:
         """Give the units adapted to, by other jobs and for plates that came before this one, with their controls."""

@@ -51,6 +51,16 @@ def test_few_images_make_it_no_larger(images):
     assert np.mean(np.square(moved)) == pytest.approx(1, abs=0.1)
 
 
+def test_the_nearest_is_found_among_those_that_chance_alone_parts():
+    known = [Controls.of(plate) for plate in plates(5, images=400)]
+    reference = Reference.of(plates(5, seed=3))
+    for number, plate in enumerate(known):
+        assert reference.nearest(plate, known) == (number, 0.0)
+    far = Controls.of(plates(1, seed=4, shift=1.0)[0])
+    number, distance = reference.nearest(far, known)
+    assert distance == min(reference.distance(far, one) for one in known) == reference.distance(far, known[number]) > 0.5
+
+
 def test_another_microscope_is_beyond_the_ordinary_and_another_plate_is_not():
     reference = Reference.of(plates(6))
     assert len(reference.between) == 6

@@ -214,13 +214,8 @@ def test_the_nearest_model_predicts_and_a_plate_that_is_far_from_all_gets_its_ow
         chosen, drift = journey.facts["chosen"], journey.facts["checked"]["drift_source"]
         assert chosen["why"] == "nearest"
         assert chosen["drift_nearest"] <= drift
-        assert (
-            chosen["model"]
-            == chosen["nearest"]
-            == ("sim_a" if chosen["drift_nearest"] == drift else f"sim_b plate {PLATES[0].name}")
-        )
-    # The plate's own distance to itself is never asked for: what is near came before.
-    assert all(journey.facts["chosen"]["drift_nearest"] > 0 for journey in others)
+        assert chosen["model"] == chosen["nearest"]
+        assert chosen["unit"] in ("sim_a", PLATES[0].name)
 
 
 def test_a_unit_that_another_job_adapted_to_is_known(lab):

@@ -31,8 +31,8 @@ SOURCE, TARGET, BUCKET = "sim_a", "sim_b", "cellpainting-gallery"
 BROKEN = 1
 # The watcher is killed when it has noted these (number of the plate, state): before an adaptation, and before a check.
 KILLS = ((0, "chosen"), (2, "arrived"))
-# Facts that name a place, or what this run took.
-PASSING = ("folder", "seconds")
+# Facts that name a place, or how far an ingest had come when it stopped.
+PASSING = ("folder", "reason")
 PATIENCE_S, POLL_S = 1800.0, 0.2
 
 
@@ -181,7 +181,7 @@ class Run:
         found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
         for entry in self.entries():
             if entry["plate"]:
-                facts = {name: value for name, value in entry["facts"].items() if not name.endswith(PASSING)}
+                facts = {name: value for name, value in entry["facts"].items() if name not in PASSING}
                 found.setdefault("/".join(entry["plate"]), []).append((entry["state"], facts))
         return found
 

@@ -18,9 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_plates_are_watched_and_a_killed_watcher_ends_like_one_that_is_not(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, ROOT / "jobs" / "online_demo.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )  # fmt: skip
+    command = [sys.executable, ROOT / "jobs" / "online_demo.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ledgers: equal" in done.stdout
     assert done.stdout.count("killed when plate") == 2

@@ -164,7 +164,7 @@ class Run:
             try:
                 for number, state in kills:
                     watcher = _start("watch.py", *options)
-                    self._wait(watcher, partial(self._has_come, number, (state,)), kill=True)
+                    self._wait(watcher, partial(self._has_come, number, state), kill=True)
                     print(f"=== {self.name}: killed when plate {number + 1} was {state} ===", flush=True)
                 watcher = _start("watch.py", *options)
                 self._wait(watcher, self._all_have_ended, kill=False)
@@ -208,14 +208,20 @@ class Run:
         watcher.kill() if kill else watcher.terminate()
         watcher.wait()
 
-    def _has_come(self, number: int, states: Sequence[str]) -> bool:
-        """Whether a plate has come to one of some states."""
+    def _has_come(self, number: int, wanted: str) -> bool:
+        """Whether a plate has come to a state."""
         said = self.courses().get("/".join((TARGET, self.plates[number].batch, self.plates[number].name)), [])
-        return any(state in states for state, _ in said)
+        return any(state == wanted for state, _ in said)
 
     def _all_have_ended(self) -> bool:
-        """Whether every plate is reported or set aside."""
-        return all(self._has_come(number, ("reported", "aside")) for number in range(len(self.plates)))
+        """Whether the watcher's table shows every plate as reported or set aside."""
+        table = self.results / "watch" / "plates.csv"
+        ended = (
+            [line for line in table.read_text().splitlines() if ",reported," in line or ",aside," in line]
+            if table.exists()
+            else []
+        )
+        return len(ended) == len(self.plates)
 
 
 def _compare(one: Run, other: Run) -> int:

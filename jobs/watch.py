@@ -23,7 +23,7 @@ class WatchJob(Config):
 def main() -> int:
     """Run the job."""
     job = parse_job(WatchJob, prog="jobs/watch.py", description=__doc__ or "")
-    # A scheduler's SIGTERM ends it as Ctrl-C does: the lease is given back.
+    # While it waits for its turn, a scheduler's SIGTERM ends it as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from coda_ray.online.lease import LostLeaseError
     from coda_ray.online.ledger import LostLedgerError

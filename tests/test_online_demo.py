@@ -36,4 +36,4 @@ def test_plates_are_watched_and_a_killed_watcher_ends_like_one_that_is_not(tmp_p
             versions = database.execute("select count(*) from model_versions").fetchone()[0]
         database.close()
         assert kinds.count("plate") == 3
-        assert versions == table["key"].nunique()
+        assert versions == table["model_key"].nunique()

@@ -21,7 +21,7 @@ COLUMNS = {
     "ingested": ("tiles", "quarantined"),
     "checked": ("wells", "controls", "drift_source"),
     "chosen": ("nearest", "drift_nearest", "threshold", "model", "why", "target", "granularity", "unit"),
-    "predicted": ("key", "images", "unreadable", "confidence", "replicate_agreement", "version"),
+    "predicted": ("model_key", "images", "unreadable", "confidence", "replicate_agreement", "version"),
 }
 
 

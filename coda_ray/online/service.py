@@ -1,6 +1,7 @@
 """What a person sees of a watcher: one look or many, progress, and an exit code."""
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -60,6 +61,8 @@ def watch(config: Config, *, once: bool, command: str, say: Say, progress: Progr
             return 0
         start_ray()
         tracker = Tracker.open(config.tracking, open_place(config.results))
+        # Ray takes a driver's SIGTERM for itself; here it ends the watcher as Ctrl-C does, with the lease given back.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             watcher = _begin(config, lease, by, tracker, command, say, progress)
             if not once:
@@ -69,6 +72,7 @@ def watch(config: Config, *, once: bool, command: str, say: Say, progress: Progr
             tracker.finish_job(watcher.models.record)
             return int(watcher.failed > 0)
         finally:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
             tracker.close()
 
 

@@ -101,6 +101,8 @@ class Watcher:
         self.meter = DriftMeter(config, models.export(models.source).model, progress)
         self.failed = 0
         self._waiting: dict[PlateName, str] = {}
+        # Entries that the table shows; what a watcher before this one left, it may not have shown.
+        self._tabulated = 0
         self._note_units()
 
     def look(self) -> bool:
@@ -131,10 +133,9 @@ class Watcher:
         self._adapt(self._due("chosen"))
         self._step_all("chosen")
         self._step_all("predicted")
-        if len(self.ledger.entries) == before:
-            return False
-        self._tabulate()
-        return True
+        if len(self.ledger.entries) > self._tabulated:
+            self._tabulate()
+        return len(self.ledger.entries) > before
 
     def _arrive(self) -> None:
         """Note plates that are new."""
@@ -251,7 +252,7 @@ class Watcher:
         wells, note = read_table(folder, "wells.parquet"), json.loads(folder.read("plate.json"))
         agreement = float(np.nanmean(wells["replicate_agreement"])) if wells["replicate_agreement"].notna().any() else None
         facts = {
-            "key": export.model.key,
+            "model_key": export.model.key,
             "folder": folder.address(),
             "images": note["images"],
             "unreadable": note["unreadable"],
@@ -278,9 +279,9 @@ class Watcher:
         }
         path = f"{WATCHED}/{self.models.key}/{'_'.join(journey.plate)}.json"
         open_place(self.config.results).write(path, json.dumps(record, indent=1).encode())
-        picture = predictions_folder(self.config, predicted["key"]).read(f"{'/'.join(journey.plate)}/plate.png")
+        picture = predictions_folder(self.config, predicted["model_key"]).read(f"{'/'.join(journey.plate)}/plate.png")
         self.tracker.plate(record, picture)
-        return DONE, {"key": predicted["key"]}
+        return DONE, {}
 
     # What all plates of a look share.
 
@@ -308,6 +309,7 @@ class Watcher:
         for name, content in files.items():
             self.folder.write(name, content)
         self.tracker.watched(table, files)
+        self._tabulated = len(self.ledger.entries)
 
     # Models, and what they may know.
 

@@ -60,7 +60,20 @@ ENDS = {"failed": "FAILED", "running": "KILLED"}
 REPORT = "report"
 POINTS_PER_CALL = 1000
 # Of a plate of a watcher.
-PLATE_PARAMS = ("source", "batch", "plate", "model", "why", "nearest", "target", "granularity", "unit", "stage", "version")
+PLATE_PARAMS = (
+    "source",
+    "batch",
+    "plate",
+    "model",
+    "why",
+    "nearest",
+    "target",
+    "granularity",
+    "unit",
+    "model_key",
+    "stage",
+    "version",
+)
 PLATE_MEASURES = (
     "number", "tiles", "quarantined", "wells", "controls", "drift_source", "drift_nearest", "threshold", "images", "unreadable",
     "confidence", "replicate_agreement", "adaptation_seconds", "tries",

@@ -142,12 +142,12 @@ def test_every_plate_gets_a_model_of_its_own_and_a_broken_one_is_set_aside(lab):
         [PLATES[0].name],
         [PLATES[0].name, PLATES[2].name],
     ]
-    keys = {journey.facts["predicted"]["key"] for journey in (first, last)}
+    keys = {journey.facts["predicted"]["model_key"] for journey in (first, last)}
     assert len(keys) == 2
     for journey in (first, last):
         predicted = journey.facts["predicted"]
         wells = pd.read_parquet(f"{predicted['folder']}/wells.parquet")
-        assert set(wells["Metadata_Model"]) == {predicted["key"]}
+        assert set(wells["Metadata_Model"]) == {predicted["model_key"]}
         assert len(wells) == journey.facts["checked"]["wells"] == SETTINGS.wells_per_plate
     table = pd.read_csv(here.root / "results" / "watch" / "plates.csv")
     assert table["state"].tolist() == ["reported", "aside", "reported"]
@@ -246,7 +246,7 @@ def test_a_batch_is_waited_for_and_adapted_to_once(lab):
     _, second, third = here.run()
     assert second.facts["chosen"]["stage"] == third.facts["chosen"]["stage"] != first.facts["chosen"]["stage"]
     assert second.facts["chosen"]["plates"] == [PLATES[i].name for i in (alone, *pair)]
-    assert second.facts["predicted"]["key"] == third.facts["predicted"]["key"]
+    assert second.facts["predicted"]["model_key"] == third.facts["predicted"]["model_key"]
 
 
 def test_an_adaptation_that_fails_is_tried_again_and_the_rest_go_on(lab):

@@ -4,8 +4,6 @@ Everything lands in `demo/`; a second run does only what is missing.
 """
 
 import json
-import os
-import secrets
 import sys
 from pathlib import Path
 
@@ -38,10 +36,10 @@ def _run(settings: SimulateSettings) -> int:
     gallery, lab = ROOT / "bucket", ROOT / "lab"
     bucket = gallery / "cellpainting-gallery"
     is_there = _is_there(bucket, settings)
-    key = _own_keys()
     from coda_ray.cluster import start_ray
-    from coda_ray.jump.simulate.serve import serve_folder
+    from coda_ray.jump.simulate.serve import own_keys, serve_folder
 
+    key = own_keys()
     start_ray()
     if is_there:
         print(f"simulated bucket: {bucket} is there", flush=True)
@@ -81,16 +79,6 @@ def _is_there(bucket: Path, settings: SimulateSettings) -> bool:
     if others:
         raise ConfigError(f"{bucket.parent} holds another world ({'; '.join(others)}); run make clean")
     return True
-
-
-def _own_keys() -> tuple[str, str]:
-    """Draw keys for the demo's own server; its processes never hold the keys of the person who runs it."""
-    # Only a Ray that is started here gets them.
-    for name in ("AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_PROFILE", "RAY_ADDRESS"):
-        os.environ.pop(name, None)
-    key = secrets.token_hex(10), secrets.token_hex(20)
-    os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"] = key
-    return key
 
 
 def _simulate(bucket: Path, settings: SimulateSettings) -> None:

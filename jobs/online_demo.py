@@ -6,7 +6,6 @@ adapts and predicts. In the end both ledgers and all predictions must be equal. 
 
 import json
 import os
-import secrets
 import shutil
 import subprocess
 import sys
@@ -54,12 +53,13 @@ def main() -> int:
 def _run(settings: SimulateSettings) -> int:
     """Watch twice, and compare."""
     shutil.rmtree(ROOT, ignore_errors=True)
-    key = _own_keys()
     from coda_ray.cluster import start_ray
     from coda_ray.config import Place
     from coda_ray.jump.simulate.bucket import write_bucket
+    from coda_ray.jump.simulate.serve import own_keys
     from coda_ray.progress import progress_bar
 
+    key = own_keys()
     start_ray()
     gallery = ROOT / "gallery"
     with progress_bar("simulating", "sites") as progress:
@@ -70,15 +70,6 @@ def _run(settings: SimulateSettings) -> int:
     runs["undisturbed"].watch(kills=())
     runs["killed"].watch(kills=KILLS)
     return _compare(*runs.values())
-
-
-def _own_keys() -> tuple[str, str]:
-    """Draw keys for the demo's own server; its processes never hold the keys of the person who runs it."""
-    for name in ("AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_PROFILE", "RAY_ADDRESS"):
-        os.environ.pop(name, None)
-    key = secrets.token_hex(10), secrets.token_hex(20)
-    os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"] = key
-    return key
 
 
 def _prepare(gallery: Path, key: tuple[str, str]) -> None:

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import runpy
 import secrets
 import shutil
 import signal
@@ -82,7 +81,8 @@ def test_the_demo_stops_at_another_world_before_ray_starts(tmp_path):
 
 
 def test_the_demo_does_not_hold_the_keys_of_the_person_who_runs_it(monkeypatch):
-    own_keys = runpy.run_path(str(ROOT / "jobs" / "demo.py"))["_own_keys"]
+    from coda_ray.jump.simulate.serve import own_keys
+
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
         monkeypatch.setenv(name, "mine")
     key = own_keys()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,22 @@ def serve_folder(folder: str | Path, *, key: tuple[str, str] | None = None, read
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+def own_keys() -> tuple[str, str]:
+    """Draw keys for a server of one's own; this process, and a Ray that it starts, never hold those of the person who runs it.
+
+    Returns
+    -------
+    tuple
+        Access key and secret key, as they are now in the environment.
+    """
+    # Only a Ray that is started here gets them.
+    for name in ("AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_PROFILE", "RAY_ADDRESS"):
+        os.environ.pop(name, None)
+    key = secrets.token_hex(10), secrets.token_hex(20)
+    os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"] = key
+    return key
 
 
 def _rclone() -> str:

@@ -33,6 +33,8 @@ KILLS = ((0, "chosen"), (2, "arrived"))
 # Facts that name a place, or how far an ingest had come when it stopped.
 PASSING = ("folder", "reason")
 PATIENCE_S, POLL_S = 1800.0, 0.2
+# What the simulated microscope takes for a plate, beside its upload.
+PACE_S = 5.0
 
 
 class OnlineDemoJob(Section):
@@ -187,6 +189,7 @@ class Run:
             spoil = {"spoil": partial(spoil_file, kind="truncated")} if number == BROKEN else {}
             deliver_plate(open_place(Place(address=str(self.gallery))), bucket, plate, **spoil)
             print(f"=== {self.name}: plate {number + 1}, {plate.name}, has arrived ===", flush=True)
+            time.sleep(PACE_S)
 
     def _wait(self, watcher: "subprocess.Popen[bytes]", there: Callable[[], bool], *, kill: bool) -> None:
         """Wait until the ledger says so; then kill the watcher, or let it end in order."""

@@ -28,8 +28,8 @@ ROOT = Path("online-demo")
 SOURCE, TARGET, BUCKET = "sim_a", "sim_b", "cellpainting-gallery"
 # The second plate of the target has truncated images.
 BROKEN = 1
-# The watcher is killed when it has noted these (number of the plate, state): before an adaptation, and before a check.
-KILLS = ((0, "chosen"), (2, "arrived"))
+# The watcher is killed when it has noted these (number of the plate, state): in an adaptation, and between predictions.
+KILLS = ((0, "chosen"), (0, "predicted"))
 # Facts that name a place, or how far an ingest had come when it stopped.
 PASSING = ("folder", "reason")
 PATIENCE_S, POLL_S = 1800.0, 0.2

@@ -116,9 +116,9 @@ class Outbox:
             else:
                 self._sent += counts
                 self._unreachable = 0
-            if self.gave_up:
-                log.log(self._level, "%s: not reached %d times in a row; not tried again", self._name, PATIENCE)
-                with self._changed:
+            with self._changed:
+                if self.gave_up:
+                    log.log(self._level, "%s: not reached %d times in a row; not tried again", self._name, PATIENCE)
                     self._waiting.clear()
 
     def _failed(self, what: str, error: Exception) -> None:

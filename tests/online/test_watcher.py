@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import zoom
 
 from coda_ray.config import ConfigError
 from coda_ray.jump.ingest import run_ingest
@@ -314,11 +314,13 @@ def test_of_two_watchers_one_works(lab):
     assert here.lines[-1].startswith("1 plates: 1 reported, 0 set aside, 0 on their way")
 
 
-def defocused(content):
-    """The same field of view, out of focus."""
-    image = tifffile.imread(io.BytesIO(content))
+def other_microscope(content):
+    """The same field of view at twice the magnification, by a detector whose answer is the square of the light."""
+    image = tifffile.imread(io.BytesIO(content)).astype(np.float64)
+    top, left = (side // 4 for side in image.shape)
+    near = zoom(image[top:-top, left:-left], 2, order=1)
     sink = io.BytesIO()
-    tifffile.imwrite(sink, gaussian_filter(image.astype(np.float32), 2.5).round().astype(np.uint16))
+    tifffile.imwrite(sink, (60000 * (near / near.max()) ** 2).astype(np.uint16))
     return sink.getvalue()
 
 
@@ -344,13 +346,13 @@ def test_drift_fires_on_another_microscope_and_not_on_an_ordinary_new_plate(ray_
     meter.embed([ordinary], "")
     assert meter.reference.drift(meter.controls([name])) < meter.threshold
 
-    # The same cells under a microscope that is out of focus.
+    # The same cells under another microscope.
     (plate,) = [plate for plate in draw_plates(PRESETS["tiny"].model_copy(update=shape)) if plate.name == name.plate]
-    deliver_plate(open_place(place(gallery)), open_place(place(tmp_path / "other")), plate, defocused)
+    deliver_plate(open_place(place(gallery)), open_place(place(tmp_path / "other")), plate, other_microscope)
     moved = {"bucket": place(tmp_path / "other"), "tiles": place(tmp_path / "others")}
     moved["ingest"] = config.ingest.model_copy(update={"plates": [plate.name]})
     other = config.model_copy(update=moved)
     run_ingest(other, lambda _: None)
-    blurred = DriftMeter(config, meter.model, silent)
-    blurred.embed([data.load_tiles(other, "sim_a").without_labels()], "")
-    assert meter.reference.drift(blurred.controls([name])) > meter.threshold
+    moved_meter = DriftMeter(config, meter.model, silent)
+    moved_meter.embed([data.load_tiles(other, "sim_a").without_labels()], "")
+    assert meter.reference.drift(moved_meter.controls([name])) > meter.threshold

@@ -18,6 +18,8 @@ class WatchJob(Config):
 
     once: CliImplicitFlag[bool] = False
     """Look once, take every plate as far as it goes, and end: for cron. The exit code is 1 when a plate failed."""
+    again: list[str] = []
+    """Plates that were set aside and are to be tried once more."""
 
 
 def main() -> int:
@@ -32,9 +34,16 @@ def main() -> int:
     from coda_ray.progress import progress_bar
     from coda_ray.training.checkpoints import DamagedFileError
 
-    config = Config.model_validate(job.model_dump(exclude={"once"}))
+    config = Config.model_validate(job.model_dump(exclude={"once", "again"}))
     with told_in_one_line("jobs/watch.py", LostLeaseError, LostLedgerError, StagesFailedError, DamagedFileError):
-        return watch(config, once=job.once, command=shlex.join(["python", *sys.argv]), say=say_line, progress=progress_bar)
+        return watch(
+            config,
+            once=job.once,
+            command=shlex.join(["python", *sys.argv]),
+            say=say_line,
+            progress=progress_bar,
+            again=job.again,
+        )
 
 
 if __name__ == "__main__":

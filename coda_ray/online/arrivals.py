@@ -200,6 +200,8 @@ class Arrivals:
                 known = _images(table, self.ingest.listed_as, self.bucket) or _NO_IMAGE
             except FileNotFoundError:
                 return _NO_LIST
+            except OSError as error:  # this one alone: the bucket was listed
+                return f"its image list cannot be read: {error}"
             except ValueError as error:
                 known = str(error)
         self._lists[key] = known
@@ -240,7 +242,7 @@ class Arrivals:
             return Arrival(plate, changed, images.sites, missing)
         reasons = [f"{missing} of {len(named)} images are not there"] if missing else []
         if settle is not None:
-            reasons.append(f"it changed {max(at_rest, 0):.0f} s ago and is taken after {settle:g} s without a change")
+            reasons.append(f"it is taken after {settle:g} s without a change")
         return Waiting(plate, "; ".join(reasons))
 
     def _seen_since(self, plate: PlateName, files: Sequence[StoredFile]) -> float:

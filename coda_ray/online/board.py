@@ -12,8 +12,7 @@ from coda_ray.online.ledger import Entry
 
 # What a plate goes through, and the step that leads on from each state.
 STEP_AFTER = {"arrived": "ingest", "ingested": "check", "checked": "choose", "chosen": "predict", "predicted": "report"}
-DONE, FAILED, ASIDE = "reported", "failed", "aside"
-STATES = (*STEP_AFTER, DONE, FAILED, ASIDE)
+DONE, FAILED, ASIDE, AGAIN = "reported", "failed", "aside", "again"
 # A model that could not be made is chosen anew.
 _BACK_TO = {step: state for state, step in STEP_AFTER.items()} | {"adapt": "checked"}
 COLUMNS = {
@@ -56,7 +55,10 @@ class Journey:
 
     def take(self, entry: Entry) -> None:
         """Follow one entry."""
-        if entry.state == FAILED:
+        if entry.state == AGAIN:
+            self.state, self.failures = "arrived", []
+            self.facts = {"arrived": self.facts["arrived"]}
+        elif entry.state == FAILED:
             self.failures.append(entry)
             self.state = _BACK_TO[entry.facts["step"]]
         else:

@@ -22,7 +22,8 @@ from coda_ray.storage import Folder
 
 log = logging.getLogger(__name__)
 BEATS_PER_LEASE = 4
-_TERM = re.compile(r"(\d{6})\.json")
+KEPT_TERMS = 2
+_TERM = re.compile(r"(\d{6,})\.json")
 
 
 class LostLeaseError(RuntimeError):
@@ -49,6 +50,8 @@ class Lease:
     ----------
     term
         Number of the term that is held; None before `acquire` and after `release`.
+    took_over
+        Whether the holder before did not give the lease back, and may still wake up.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Lease:
     ) -> None:
         self.folder, self.by, self.lease_s, self.clock, self.pause = folder, by, lease_s, clock, pause
         self.term: int | None = None
+        self.took_over = False
         self._alive = 0.0
         self._beats = 0
         self._ended = threading.Event()
@@ -98,7 +102,8 @@ class Lease:
             # Before the look, so that a pause of this process is not taken for a silence of the other.
             now = self.clock()
             newest = self._newest()
-            free = newest == 0 or self.folder.exists(_released(newest))
+            released = newest == 0 or self.folder.exists(_released(newest))
+            free = released
             if not free:
                 seen = (newest, self._read(_beat(newest)))
                 if watched is None or watched[0] != newest:
@@ -109,6 +114,8 @@ class Lease:
                     watched, since = seen, self.clock()
                 free = now - since >= self.lease_s
             if free and self._take(newest + 1):
+                self.took_over = not released
+                self._forget(newest - KEPT_TERMS)
                 return True
             self.pause(self.lease_s / BEATS_PER_LEASE)
 
@@ -125,8 +132,8 @@ class Lease:
         """
         if self.term is None:
             raise LostLeaseError(f"{self.folder.address()}: {self.by} does not hold the lease; acquire it first")
-        # Terms follow each other without gaps.
-        if self.folder.exists(_term(self.term + 1)):
+        # Terms follow each other without gaps; old ones are deleted.
+        if self.folder.exists(_term(self.term + 1)) or not self.folder.exists(_term(self.term)):
             raise LostLeaseError(
                 f"{self.folder.address()}: {self._holder(self.term + 1)} has taken the lease from {self.by}; "
                 "this watcher stops; start it again and it waits for the other one"
@@ -183,6 +190,12 @@ class Lease:
                 self.beat()
             except OSError as error:
                 log.warning("a sign of life could not be written, and is tried again: %s", error)
+
+    def _forget(self, last: int) -> None:
+        """Delete the files of terms until then; whoever held one finds it gone."""
+        old = [name for name in self.folder.names() if name[:6].isdigit() and int(name.partition(".")[0]) <= last]
+        for name in old:
+            self.folder.delete(name)
 
     def _newest(self) -> int:
         """Number of the newest term, 0 where there is none."""

@@ -19,7 +19,7 @@ from coda_ray.storage import Folder
 from coda_ray.tracking.records import READS_AT_A_TIME
 
 BEGUN = "begun"
-_NAME = re.compile(r"(\d{6})\.json")
+_NAME = re.compile(r"(\d{6,})\.json")
 
 
 class LostLedgerError(RuntimeError):

@@ -93,7 +93,7 @@ def plates_of(index: TileIndex) -> list[PlateName]:
 
 def tiles_of_plate(config: Config, plate: PlateName) -> TileIndex:
     """Load the tiles of a plate, without labels."""
-    index = data.load_tiles(config, plate.source).without_labels()
+    index = data.stored_tiles(config, plate.source).without_labels()
     return index.where((index.frame[PLATE_ID] == list(plate)).all(axis=1))
 
 

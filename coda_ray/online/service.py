@@ -5,24 +5,25 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from coda_ray.cluster import start_ray
 from coda_ray.config import Config, ConfigError
-from coda_ray.online.board import ASIDE, DONE, journeys
+from coda_ray.online.board import AGAIN, ASIDE, DONE, journeys
 from coda_ray.online.lease import Lease
 from coda_ray.online.ledger import Ledger
 from coda_ray.online.meter import Progress
-from coda_ray.online.serving import Models, Say
-from coda_ray.online.watcher import FIGURE, TABLE, Watcher, watch_folder
+from coda_ray.online.serving import Models, Say, watch_folder
+from coda_ray.online.watcher import FIGURE, TABLE, Watcher
 from coda_ray.storage import open_place
 from coda_ray.tracking.runs import Tracker
+from coda_ray.tracking.store import RunStore
 
 WATCHING = "watching"
 
 
-def watch(config: Config, *, once: bool, command: str, say: Say, progress: Progress) -> int:
+def watch(config: Config, *, once: bool, command: str, say: Say, progress: Progress, again: Sequence[str] = ()) -> int:
     """Watch a bucket until it is stopped, or look once.
 
     Parameters
@@ -37,6 +38,8 @@ def watch(config: Config, *, once: bool, command: str, say: Say, progress: Progr
         Receives lines of progress.
     progress
         Makes the progress of a title and a unit.
+    again
+        Names of plates that were set aside and are to be tried once more.
 
     Returns
     -------
@@ -65,6 +68,7 @@ def watch(config: Config, *, once: bool, command: str, say: Say, progress: Progr
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             watcher = _begin(config, lease, by, tracker, command, say, progress)
+            _try_again(watcher, again)
             if not once:
                 _look_for_ever(watcher, say)
             watcher.look()
@@ -81,12 +85,35 @@ def _begin(config: Config, lease: Lease, by: str, tracker: Tracker, command: str
     try:
         models = Models(config, command, tracker, say)
         ledger = Ledger.open(watch_folder(config).child("ledger"), models.identity, by)
-        # The first entry of a watcher keeps one that slept through its lease from writing another.
-        ledger.claim(WATCHING, term=lease.term)
+        if lease.took_over:
+            # An entry of our own keeps the one who slept through its lease from writing another.
+            ledger.claim(WATCHING, term=lease.term)
+        if config.watch.register_as and RunStore.open(config.tracking, open_place(config.results)) is None:
+            raise ConfigError("watch.register_as is set, but nothing is sent to MLflow; set MLFLOW_TRACKING_URI, or unset it")
         models.begin()
+        watcher = Watcher(config, models, ledger, lease, tracker, say, progress)
+        # Without controls of the source there is nothing to compare a plate with.
+        _ = watcher.meter.reference
     except FileNotFoundError as error:  # tiles of the source that are not there
         raise ConfigError(str(error)) from error
-    return Watcher(config, models, ledger, lease, tracker, say, progress)
+    return watcher
+
+
+def _try_again(watcher: Watcher, names: Sequence[str]) -> None:
+    """Take plates that were set aside up again.
+
+    Raises
+    ------
+    ConfigError
+        When none of that name was.
+    """
+    aside = {plate.plate: plate for plate, journey in journeys(watcher.ledger.entries).items() if journey.state == ASIDE}
+    for name in names:
+        if name not in aside:
+            there = ", ".join(sorted(aside)) or "none"
+            raise ConfigError(f"again = {name!r}: no such plate was set aside; these were: {there}")
+        watcher.lease.check()
+        watcher.ledger.append(aside[name], AGAIN)
 
 
 def _look_for_ever(watcher: Watcher, say: Say, wait: Callable[[float], None] = time.sleep) -> NoReturn:

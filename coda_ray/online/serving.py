@@ -13,11 +13,18 @@ from coda_ray.pipeline.record import job_record
 from coda_ray.pipeline.stage import Stage, settings_of
 from coda_ray.pipeline.train_stages import adapt
 from coda_ray.pipeline.transfer import Request, model_of, with_needs
-from coda_ray.storage import open_place
+from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileStore, content_key
 from coda_ray.tracking.runs import Tracker
 
 Say = Callable[[str], None]
+
+
+def watch_folder(config: Config) -> Folder:
+    """Open the folder of the ledger, the lease and the report."""
+    if config.watch.out:
+        return open_place(config.results.model_copy(update={"address": config.watch.out}))
+    return open_place(config.results).child("watch")
 
 
 @dataclass(frozen=True)
@@ -86,8 +93,9 @@ class Models:
         self.base = model_of(config, request)
         self.source = Choice(self.base.classifier.path, settings.source, "source", settings.source)
         self.record: dict[str, Any] = {}
-        self._planned: dict[str, Stage] = {}
-        self._others: dict[str, StoredModel] = {}
+        # Paths of the adaptations of this watcher.
+        self._own: set[str] = set()
+        self._finished: dict[str, StoredModel] = {}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -104,8 +112,8 @@ class Models:
 
     @property
     def key(self) -> str:
-        """Key of the watcher's job."""
-        return content_key({"kind": "watch", **self.identity})
+        """Key of the watcher's job; another ledger is another job."""
+        return content_key({"kind": "watch", "ledger": watch_folder(self.config).address(), **self.identity})
 
     def begin(self) -> None:
         """Begin the watcher's job: train what is missing of the source's model.
@@ -122,17 +130,14 @@ class Models:
         if failures:
             told = "; ".join(f"{title}: {reason}" for title, reason in failures.items())
             raise StagesFailedError(f"the model of {self.source.unit} could not be made: {told}")
-        own = set(self._stages_before())
-        self._others = {
-            model.last.path: model
-            for model in stored_models(self.results)
-            if model.adapted and model.classifier.key == self.base.classifier.key and model.last.path not in own
-        }
+        self._own = set(self._stages_before())
+        models = (model for model in stored_models(self.results) if model.classifier.key == self.base.classifier.key)
+        self._finished = {model.last.path: model for model in models if model.adapted}
 
     def of_others(self) -> list[Choice]:
         """List the units that the source's model was adapted to by other jobs, in the same way, when the watcher began."""
         wanted = (self.config.watch.method, self.config.watch.seed)
-        origins = {path: model.origin for path, model in self._others.items()}
+        origins = {path: model.origin for path, model in self._finished.items() if path not in self._own}
         found = {path: origin for path, origin in origins.items() if (origin.method, origin.seed) == wanted}
         return [Choice(path, o.target, o.granularity, o.unit) for path, o in sorted(found.items())]
 
@@ -162,13 +167,23 @@ class Models:
         dict
             Path of the stage to reason of those that failed.
         """
-        stages = {choice.stage: self._stage(choice) for choice in choices if choice.plates}
-        self._planned |= stages
+        stages, failed = dict[str, Stage](), dict[str, str]()
+        for choice in choices:
+            if choice.plates:
+                try:
+                    stages[choice.stage] = self._stage(choice)
+                except (ValueError, FileNotFoundError) as error:  # its tiles have changed
+                    failed[choice.stage] = str(error)
         if not stages:
-            return {}
+            return failed
+        self._own |= stages.keys()
         self._note_job()
-        failures = run_stages(self.config, list(stages.values()), self.say, self.tracker)
-        return {path: failures[stage.title] for path, stage in stages.items() if stage.title in failures}
+        told = run_stages(self.config, list(stages.values()), self.say, self.tracker)
+        return failed | {path: told[stage.title] for path, stage in stages.items() if stage.title in told}
+
+    def has(self, choice: Choice) -> bool:
+        """Whether a model is there, or can be made."""
+        return bool(choice.plates) or choice.stage in (self.source.stage, *self._finished)
 
     def export(self, choice: Choice) -> Export:
         """Give a finished model in the form that stands alone."""
@@ -176,16 +191,26 @@ class Models:
             return export_of(self.config, StoredModel(self.base.classifier, None))
         if choice.plates:
             return export_of(self.config, StoredModel(self.base.classifier, self._stage(choice)))
-        return export_of(self.config, self._others[choice.stage])
+        if choice.stage not in self._finished:
+            raise ConfigError(f"{self.results.address(choice.stage)}: the model of {choice.text} is not there any more")
+        return export_of(self.config, self._finished[choice.stage])
 
     def seconds(self, choice: Choice) -> float:
         """How long the adaptation of a model took (s); 0 for one that was there."""
         return float((self._stage(choice).facts(self.results) or {}).get("seconds", 0.0)) if choice.plates else 0.0
 
     def _stage(self, choice: Choice) -> Stage:
-        """Find or plan the adaptation of a choice."""
-        planned = self._planned.get(choice.stage)
-        return planned or self._plan(choice.target, choice.granularity, choice.unit, choice.plates)
+        """Plan the adaptation of a choice again.
+
+        Raises
+        ------
+        ConfigError
+            When it would be another one now.
+        """
+        stage = self._plan(choice.target, choice.granularity, choice.unit, choice.plates)
+        if stage.path != choice.stage:
+            raise ConfigError(f"{choice.text}: tiles or settings have changed since this model was chosen, and it cannot be made")
+        return stage
 
     def _plan(self, target: str, granularity: Granularity, unit: str, plates: Sequence[str]) -> Stage:
         """Plan an adaptation that knows of some plates."""
@@ -207,9 +232,9 @@ class Models:
             command=self.command,
             pairs=[(self.source.unit, target) for target in targets] or [(self.source.unit, self.source.unit)],
             transfers=[],
-            stages=[*with_needs([self.base.classifier]), *self._planned.values()],
+            stages=with_needs([self.base.classifier]),
         )
-        stages = list(dict.fromkeys([*self._stages_before(), *record["stages"]]))
+        stages = list(dict.fromkeys([*self._stages_before(), *record["stages"], *sorted(self._own)]))
         # Not whole: it never is, and nothing but the watcher itself ends its run.
         self.record = {**record, "stages": stages, "whole": False}
         self.results.write(f"jobs/{self.key}.json", json.dumps(self.record, indent=1).encode())

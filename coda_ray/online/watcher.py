@@ -10,10 +10,11 @@ adaptations that they ask for run side by side.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
+import pandas as pd
+from ray.exceptions import RayError
 
 from coda_ray.analysis.drift import Controls
 from coda_ray.config import Config
@@ -26,10 +27,11 @@ from coda_ray.online.board import ASIDE, DONE, FAILED, STEP_AFTER, Journey, jour
 from coda_ray.online.lease import Lease
 from coda_ray.online.ledger import Ledger
 from coda_ray.online.meter import DriftMeter, Progress, plates_of, read_table, tiles_of_plate
-from coda_ray.online.serving import Choice, Models, Say
+from coda_ray.online.serving import Choice, Models, Say, watch_folder
 from coda_ray.pipeline import data
+from coda_ray.pipeline.models import Export
 from coda_ray.pipeline.predict import PredictionError, predict, predictions_folder
-from coda_ray.storage import Folder, open_place
+from coda_ray.storage import open_place
 from coda_ray.tiles.store import TileIndex
 from coda_ray.tiles.stream import UnreadableTilesError
 from coda_ray.tracking.figures import figure_png
@@ -41,23 +43,13 @@ from coda_ray.training.checkpoints import DamagedFileError
 
 KNOWN = "known"
 TABLE, FIGURE = "plates.csv", "drift.png"
-# What speaks of one plate, unless storage is behind it.
-PLATE_ERRORS = (
-    ValueError, IngestError, PredictionError, UnreadableTilesError, ModelError, DamagedFileError, RegistryError,
-    FileNotFoundError,
-)  # fmt: skip
+# What speaks of one plate, as long as storage answers.
+PLATE_ERRORS = (ValueError, OSError, IngestError, PredictionError, UnreadableTilesError, ModelError, DamagedFileError, RayError)
 Reached = tuple[str, dict[str, Any]]
 
 
 class UnfitPlateError(ValueError):
     """A plate that no later try can mend: it is set aside at once."""
-
-
-def watch_folder(config: Config) -> Folder:
-    """Open the folder of the ledger, the lease and the report."""
-    if config.watch.out:
-        return open_place(config.results.model_copy(update={"address": config.watch.out}))
-    return open_place(config.results).child("watch")
 
 
 class Watcher:
@@ -103,6 +95,7 @@ class Watcher:
         self._waiting: dict[PlateName, str] = {}
         # Entries that the table shows; what a watcher before this one left, it may not have shown.
         self._tabulated = 0
+        self._tables: Tables | None = None
         self._note_units()
 
     def look(self) -> bool:
@@ -122,6 +115,7 @@ class Watcher:
         """
         self.lease.check()
         self.tracker.try_again()
+        self._tables = None
         # An entry whose answer was lost may have been written.
         self.ledger.refresh()
         before = len(self.ledger.entries)
@@ -139,7 +133,10 @@ class Watcher:
 
     def _arrive(self) -> None:
         """Note plates that are new."""
-        arrived, waiting = self.arrivals.look(set(journeys(self.ledger.entries)))
+        try:
+            arrived, waiting = self.arrivals.look(set(journeys(self.ledger.entries)))
+        except (ValueError, EOFError) as error:  # a table that is just being written
+            raise OSError(f"the metadata cannot be read: {error}") from error
         for arrival in arrived:
             self._note(arrival.plate, "arrived", sites=arrival.sites, missing=arrival.missing)
         for one in waiting:
@@ -181,11 +178,9 @@ class Watcher:
         Raises
         ------
         OSError
-            When storage is behind it: that is no plate's fault.
+            When storage does not answer at all: that is no plate's fault.
         """
-        outage = _outage(error)
-        if outage is not None:
-            raise OSError(str(error)) from outage
+        self._make_sure_that_storage_answers(error)
         self.failed += 1
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         self._note(journey.plate, FAILED, step=step, reason=reason)
@@ -201,22 +196,26 @@ class Watcher:
         config = self.config.model_copy(update={"ingest": wanted})
         with self.progress(f"ingesting {plate.plate}", "sites") as show:
             done = run_ingest(config, lambda now: show(now.sites_done, now.sites_total))
-        if done.left_out:
-            raise IngestError("; ".join(done.notes))
         data.forget()
-        folder = data.load_tiles(self.config, plate.source).folder
-        note = json.loads(folder.read(f"{'/'.join(plate)}/plate.json"))
+        try:
+            folder = data.stored_tiles(self.config, plate.source).folder
+            note = json.loads(folder.read(f"{'/'.join(plate)}/plate.json"))
+        except FileNotFoundError:
+            raise IngestError("; ".join(done.notes) or "its tiles were not written") from None
         return "ingested", {"tiles": note["tiles"], "quarantined": note["quarantined"]}
 
     def _check(self, journey: Journey) -> Reached:
         """Judge the tiles of a plate, and measure how far its controls are from the source's."""
         index = tiles_of_plate(self.config, journey.plate)
-        wells, expected = set(index.frame["Metadata_Well"]), set(wells_expected(journey.plate, self._tables()))
+        wells, expected = set(index.frame["Metadata_Well"]), set(wells_expected(journey.plate, self._metadata()))
         if not wells or len(wells & expected) < self.settings.min_wells * len(expected):
             raise UnfitPlateError(
                 f"{len(wells)} of {len(expected)} wells have a tile, less than watch.min_wells = {self.settings.min_wells}; "
                 "quarantine.parquet of the plate says why"
             )
+        smallest = int(index.frame[["height", "width"]].to_numpy().min())
+        if smallest < self.meter.model.tile_crop:
+            raise UnfitPlateError(f"tiles of {smallest} px are smaller than the model's crop of {self.meter.model.tile_crop} px")
         self.meter.embed([index], f"embedding {journey.plate.plate}")
         own = self.meter.controls([journey.plate])
         drift = None if own is None else round(self.meter.reference.drift(own), 4)
@@ -250,20 +249,28 @@ class Watcher:
             predict(self.config, export.model, tiles_of_plate(self.config, journey.plate), show)
         folder = predictions_folder(self.config, export.model.key).child("/".join(journey.plate))
         wells, note = read_table(folder, "wells.parquet"), json.loads(folder.read("plate.json"))
-        agreement = float(np.nanmean(wells["replicate_agreement"])) if wells["replicate_agreement"].notna().any() else None
         facts = {
             "model_key": export.model.key,
             "folder": folder.address(),
             "images": note["images"],
             "unreadable": note["unreadable"],
-            "confidence": round(float(wells["confidence"].mean()), 4),
-            "replicate_agreement": agreement if agreement is None else round(agreement, 4),
+            "confidence": _mean(wells["confidence"]),
+            "replicate_agreement": _mean(wells["replicate_agreement"]),
         }
         if self.settings.register_as:
-            origin = export.model.description["origin"]
-            made = register(self.config, self.settings.register_as, export.files, export.model.key, origin)
-            facts["version"] = made.address
+            facts["version"] = self._register(export, choice)
         return "predicted", facts
+
+    def _register(self, export: Export, choice: Choice) -> str | None:
+        """Register a model; predictions do not wait for an MLflow that does not answer."""
+        name, origin = self.settings.register_as or "", export.model.description["origin"]
+        try:
+            return register(self.config, name, export.files, export.model.key, origin).address
+        except RegistryError as error:
+            stage, classifier = choice.stage, self.models.base.classifier.path
+            by_hand = f"jobs/export.py --register {name} --stage {stage} --classifier {classifier}"
+            self.say(f"{error}; the plate goes on without, and {by_hand} does it later")
+            return None
 
     def _report(self, journey: Journey) -> Reached:
         """Keep the record of a plate, and send it with its picture to MLflow."""
@@ -305,11 +312,13 @@ class Watcher:
     def _tabulate(self) -> None:
         """Write the table of all plates and the picture of their drift."""
         table = plates_table(journeys(self.ledger.entries).values())
-        files = {TABLE: table.to_csv(index=False).encode(), FIGURE: figure_png(drift_figure(table))}
+        content, self._tabulated = table.to_csv(index=False).encode(), len(self.ledger.entries)
+        if table.empty or (self.folder.exists(TABLE) and self.folder.read(TABLE) == content):
+            return
+        files = {FIGURE: figure_png(drift_figure(table)), TABLE: content}
         for name, content in files.items():
             self.folder.write(name, content)
         self.tracker.watched(table, files)
-        self._tabulated = len(self.ledger.entries)
 
     # Models, and what they may know.
 
@@ -321,7 +330,7 @@ class Watcher:
     def _batch_model(self, journey: Journey) -> Choice | None:
         """Plan an adaptation to a plate's batch, once all its plates are there or set aside."""
         plate, found = journey.plate, journeys(self.ledger.entries)
-        batch = complete_batch(self._tables(), plate.source, plate.batch, self.config.ingest.plate_types)
+        batch = complete_batch(self._metadata(), plate.source, plate.batch, self.config.ingest.plate_types)
         missing = [name.plate for name in batch if name not in found or found[name].state in ("arrived", "ingested")]
         if missing:
             self._wait(plate, f"its batch lacks {len(missing)} of {len(batch)} plates: {', '.join(missing[:5])}")
@@ -350,7 +359,8 @@ class Watcher:
         found = journeys(self.ledger.entries).values()
         earlier = [other for other in found if other.number < journey.number and "chosen" in other.facts]
         own = [Choice.of(other.facts["chosen"]) for other in earlier if other.state not in ("checked", ASIDE)]
-        for choice in dict.fromkeys([*by_others, *(choice for choice in own if choice.plates)]):
+        known = dict.fromkeys([*by_others, *(choice for choice in own if choice.plates)])
+        for choice in filter(self.models.has, known):
             controls = self.meter.controls(self._plates_of(choice))
             if controls is not None:
                 yield choice, controls
@@ -367,7 +377,7 @@ class Watcher:
     def _tiles_of_unit(self, choice: Choice) -> TileIndex | None:
         """Load the tiles of a unit, as far as its adaptation knew of them; None where there are none."""
         try:
-            index = data.load_tiles(self.config, choice.target).without_labels().unit(choice.granularity, choice.unit)
+            index = data.stored_tiles(self.config, choice.target).without_labels().unit(choice.granularity, choice.unit)
         except FileNotFoundError:
             return None
         known = index.where(index.frame["Metadata_Plate"].isin(choice.plates)) if choice.plates else index
@@ -381,20 +391,41 @@ class Watcher:
             self.lease.check()
             self.ledger.append(None, KNOWN, units=fresh)
 
-    def _tables(self) -> Tables:
-        """Read the metadata tables, which grow."""
-        return read_tables(open_place(self.config.metadata))
+    def _metadata(self) -> Tables:
+        """Read the metadata tables, which grow, once in a look.
+
+        Raises
+        ------
+        OSError
+            When they cannot be read: somebody may be writing one.
+        """
+        if self._tables is None:
+            try:
+                self._tables = read_tables(open_place(self.config.metadata))
+            except (ValueError, EOFError) as error:
+                raise OSError(f"the metadata cannot be read: {error}") from error
+        return self._tables
+
+    def _make_sure_that_storage_answers(self, error: Exception) -> None:
+        """Ask bucket, tiles and results for something that they have.
+
+        Raises
+        ------
+        OSError
+            When one of them does not answer, or the metadata cannot be read: then the error is no plate's.
+        """
+        for place in (self.config.bucket, self.config.tiles, self.config.results):
+            try:
+                open_place(place).names()
+            except OSError as outage:
+                raise OSError(f"{error}; storage does not answer: {outage}") from error
+        self._metadata()
 
 
-def _outage(error: BaseException) -> OSError | None:
-    """Find an error of storage behind an error; a file that is not there is none."""
-    under: BaseException | None = error
-    while under is not None:
-        if isinstance(under, OSError) and not isinstance(under, FileNotFoundError | DamagedFileError):
-            return under
-        inner: Mapping[str, Any] = vars(under)
-        under = inner.get("cause") or under.__cause__
-    return None
+def _mean(values: "pd.Series[float]") -> float | None:
+    """Average what is known; None where nothing is."""
+    known = values.dropna()
+    return round(float(known.mean()), 4) if len(known) else None
 
 
 def _short(value: float | str) -> str:

@@ -15,7 +15,7 @@ from coda_ray.jump.prepare import preparation_of
 from coda_ray.storage import open_place
 from coda_ray.tiles.plan import Partners, SamplePlan
 from coda_ray.tiles.reader import TileSource
-from coda_ray.tiles.store import COMPOUND, KEPT_SELECTIONS, LABEL, UNIT_COLUMNS, TileIndex, TileStore
+from coda_ray.tiles.store import COMPOUND, KEPT_SELECTIONS, LABEL, UNIT_COLUMNS, TileIndex, TileStore, forget_selections
 
 # Of the tiles that are drawn for a figure.
 DRAW_SEED = 0
@@ -35,7 +35,22 @@ def load_tiles(config: Config, source: str) -> TileIndex:
     DataError
         When its tiles are smaller than `views.tile_crop`.
     """
-    index = _load(config.tiles.model_dump_json(), config.ingest.model_dump_json(), source)
+    return _large_enough(config, source, stored_tiles(config, source))
+
+
+def stored_tiles(config: Config, source: str) -> TileIndex:
+    """Load the index of one source as `load_tiles` does, whatever the size of its tiles.
+
+    Raises
+    ------
+    FileNotFoundError
+        When the source has no finished plate.
+    """
+    return _load(config.tiles.model_dump_json(), config.ingest.model_dump_json(), source)
+
+
+def _large_enough(config: Config, source: str, index: TileIndex) -> TileIndex:
+    """Refuse tiles that are smaller than the crop of every view."""
     smallest = int(index.frame[["height", "width"]].to_numpy().min())
     if smallest < config.views.tile_crop:
         raise DataError(
@@ -265,11 +280,14 @@ def known_tiles(config: Config, source: str, target: str) -> TileIndex:
     DataError
         When the target has no such plate.
     """
-    index, names = target_tiles(config, source, target), config.adapt.plates
+    names = config.adapt.plates
+    if not names:
+        return target_tiles(config, source, target)
+    index = stored_tiles(config, target)
     missing = sorted(set(names) - set(index.units("plate")))
     if missing:
         raise DataError(f"adapt.plates = {missing[0]!r}: {target} has no such finished plate; ingest it, or correct it")
-    return _only(index, tuple(names)) if names else index
+    return seen(config, source, _large_enough(config, target, _only(index, tuple(names))))
 
 
 @lru_cache(maxsize=KEPT_SELECTIONS)
@@ -280,7 +298,9 @@ def _only(index: TileIndex, plates: tuple[str, ...]) -> TileIndex:
 
 def forget() -> None:
     """Load indices anew from now on: plates were added to the store."""
-    _load.cache_clear()
+    for kept in (_load, _only, _without, _plates, _anchored, unlabelled, _adaptation_tiles, _held_out_compounds):
+        kept.cache_clear()
+    forget_selections()
 
 
 def units_of(config: Config, target: str, granularity: Granularity, seed: int) -> list[str]:

@@ -72,7 +72,7 @@ def data_used(config: Config, pairs: Sequence[tuple[str, str]]) -> list[dict[str
     roles = {"source": {source for source, _ in pairs}, "target": {target for _, target in pairs}}
     found = []
     for name in dict.fromkeys(name for pair in pairs for name in pair):
-        index = data.load_tiles(config, name)
+        index = data.stored_tiles(config, name)
         found.append(
             {
                 "name": name,

@@ -146,6 +146,12 @@ def _labelled(index: TileIndex) -> TileIndex:
     return index.where(index.frame[LABEL].notna())
 
 
+def forget_selections() -> None:
+    """Let go of the selections that were kept."""
+    for kept in (_unit, _without_labels, _labelled):
+        kept.cache_clear()
+
+
 @dataclass(frozen=True)
 class TileStore:
     """A folder of tiles that were prepared alike.

@@ -24,12 +24,13 @@ from coda_ray.online.lease import Lease
 from coda_ray.online.ledger import Ledger
 from coda_ray.online.meter import DriftMeter, plates_of
 from coda_ray.online.service import watch
-from coda_ray.online.serving import Models
-from coda_ray.online.watcher import Watcher, watch_folder
+from coda_ray.online.serving import Models, watch_folder
+from coda_ray.online.watcher import Watcher
 from coda_ray.pipeline import data
 from coda_ray.pipeline.matrix import run_transfers
 from coda_ray.pipeline.transfer import Request
 from coda_ray.storage import open_place
+from coda_ray.tracking.registry import RegistryError
 from coda_ray.tracking.runs import Tracker
 from conftest import write_tiny
 from synthetic import place, small_config
@@ -264,15 +265,77 @@ def test_storage_that_does_not_answer_is_no_plates_fault(lab, monkeypatch):
     here.deliver(0)
     with here.watcher() as watcher:
         monkeypatch.setattr("coda_ray.online.watcher.run_ingest", fail_with(OSError("gave up after 5 attempts")))
-        with pytest.raises(OSError, match="gave up"):
+        monkeypatch.setattr("coda_ray.storage.Folder.names", fail_with(OSError("refused")))
+        with pytest.raises(OSError, match=r"metadata|gave up"):
             watcher.look()
-        (journey,) = journeys(watcher.ledger.entries).values()
-        assert (journey.state, journey.failures) == ("arrived", [])
+        assert all(not journey.failures for journey in journeys(watcher.ledger.entries).values())
         monkeypatch.undo()
         while watcher.look():
             pass
         (journey,) = journeys(watcher.ledger.entries).values()
         assert journey.state == "reported"
+
+
+def test_a_file_that_storage_refuses_is_its_plates_fault_and_the_plate_is_tried_again_when_asked(lab, monkeypatch):
+    here = lab(policy="nearest", targets=["sim_b"])
+    here.deliver(0, 1)
+    ingest = run_ingest
+
+    def refusing(config, report):
+        if config.ingest.plates == [PLATES[0].name]:
+            raise OSError("gave up after 5 attempts: PermissionError: Access Denied")
+        return ingest(config, report)
+
+    monkeypatch.setattr("coda_ray.online.watcher.run_ingest", refusing)
+    refused, fine = here.run()
+    assert (refused.state, fine.state) == ("aside", "reported")
+    assert "Access Denied" in refused.facts["aside"]["reason"]
+    monkeypatch.undo()
+    with pytest.raises(SystemExit) as ended:
+        again(here, PLATES[1].name)
+    assert ended.value.code == 2
+    assert again(here, PLATES[0].name) == 0
+    assert [journey.state for journey in here.run()] == ["reported", "reported"]
+
+
+def again(lab, name):
+    """Watch once, with a plate that was set aside."""
+    with told_in_one_line("watch"):
+        return watch(lab.config, once=True, command="", say=lab.lines.append, progress=silent, again=[name])
+
+
+def test_a_plate_of_small_tiles_is_set_aside_and_the_others_are_not(lab):
+    here = lab(policy="plate")
+    here.deliver(0, spoil=shrunken)
+    here.deliver(1)
+    small, fine = here.run()
+    assert (small.state, fine.state) == ("aside", "reported")
+    assert "tiles of 24 px are smaller than the model's crop of 40 px" in small.facts["aside"]["reason"]
+    assert fine.facts["chosen"]["plates"] == [PLATES[1].name]
+
+
+def shrunken(content):
+    """A field of view of a microscope that reads every second pixel."""
+    sink = io.BytesIO()
+    tifffile.imwrite(sink, tifffile.imread(io.BytesIO(content))[::2, ::2])
+    return sink.getvalue()
+
+
+def test_a_model_that_cannot_be_registered_predicts_all_the_same(lab, monkeypatch):
+    here = lab(policy="nearest", register_as="models")
+    here.config = here.config.model_copy(update={"tracking": here.config.tracking.model_copy(update={"enabled": True})})
+    monkeypatch.setattr("coda_ray.online.watcher.register", fail_with(RegistryError("mlflow: not reached")))
+    here.deliver(0)
+    (journey,) = here.run()
+    assert journey.state == "reported"
+    assert journey.facts["predicted"]["version"] is None
+    assert any("jobs/export.py --register models --stage" in line for line in here.lines)
+
+
+def test_what_no_plate_could_mend_is_told_before_the_first_look(lab):
+    here = lab(register_as="models")
+    with pytest.raises(ConfigError, match=r"watch\.register_as is set, but nothing is sent to MLflow"):
+        watch(here.config, once=True, command="", say=here.lines.append, progress=silent)
 
 
 def fail_with(error):

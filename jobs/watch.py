@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 
+from pydantic import Field
 from pydantic_settings import CliImplicitFlag
 
 from coda_ray.config import Config, parse_job, told_in_one_line
@@ -18,7 +19,7 @@ class WatchJob(Config):
 
     once: CliImplicitFlag[bool] = False
     """Look once, take every plate as far as it goes, and end: for cron. The exit code is 1 when a plate failed."""
-    again: list[str] = []
+    again: list[str] = Field(default_factory=list)
     """Plates that were set aside and are to be tried once more."""
 
 

@@ -30,7 +30,7 @@ def test_plates_are_watched_and_a_killed_watcher_ends_like_one_that_is_not(tmp_p
         assert "quarantined" in table["reason"][1]
         assert (table["granularity"] == "plate").any()
         claims = [json.loads(file.read_text()) for file in (results / "watch" / "ledger").glob("*.json")]
-        assert sum(claim["state"] == "watching" for claim in claims) == (1 if name == "undisturbed" else 3)
+        assert sum(claim["state"] == "watching" for claim in claims) == (0 if name == "undisturbed" else 2)
         with sqlite3.connect(results / "mlflow.db") as database:
             kinds = [row[0] for row in database.execute("select value from tags where key = 'kind'")]
             versions = database.execute("select count(*) from model_versions").fetchone()[0]

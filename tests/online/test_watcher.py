@@ -13,7 +13,7 @@ import pytest
 import tifffile
 from scipy.ndimage import zoom
 
-from coda_ray.config import ConfigError
+from coda_ray.config import ConfigError, told_in_one_line
 from coda_ray.jump.ingest import run_ingest
 from coda_ray.jump.simulate.defects import spoil_file
 from coda_ray.jump.simulate.deliver import deliver_plate

@@ -188,7 +188,7 @@ def test_a_plate_that_stays_incomplete_is_taken_when_asked_for(bucket, clock):
     bucket.files.write(missing[0], b"")
     assert arrivals_of(bucket, clock).look(set())[0] == []
     (waiting,) = arrivals_of(bucket, clock, incomplete_after_s=5000).look(set())[1]
-    assert waiting.reason.startswith(f"2 of {WANTED} images are not there; it changed ")
+    assert waiting.reason == f"2 of {WANTED} images are not there; it is taken after 5000 s without a change"
     clock.now += 5000
     (arrival,) = arrivals_of(bucket, clock, incomplete_after_s=5000).look(set())[0]
     assert (arrival.plate, arrival.sites, arrival.missing) == (B[0], len(WELLS), 2)

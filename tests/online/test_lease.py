@@ -297,3 +297,22 @@ def test_a_damaged_term_is_still_a_term(lease, folder, clock):
     assert one.acquire(wait=True, say=told.append)
     assert one.term == 8
     assert "the holder of term 7" in told[0]
+
+
+def test_terms_that_are_over_leave_no_files_but_the_last(tmp_path):
+    folder = open_place(Place(address=str(tmp_path)))
+    for _ in range(5):
+        with Lease(folder, "one", 60.0) as lease:
+            assert lease.acquire(wait=True, say=print)
+            assert not lease.took_over
+    assert {name.partition(".")[0] for name in folder.names()} == {"000003", "000004", "000005"}
+
+
+def test_a_holder_whose_term_was_deleted_has_lost_it(tmp_path):
+    folder = open_place(Place(address=str(tmp_path)))
+    sleeper = Lease(folder, "sleeper", 60.0)
+    assert sleeper.acquire(wait=True, say=print)
+    folder.delete("000001.json")
+    with pytest.raises(LostLeaseError, match="has taken the lease from sleeper"):
+        sleeper.check()
+    sleeper.release()

@@ -96,7 +96,7 @@ def register(config: Config, name: str, files: Mapping[str, bytes], key: str, or
         with warnings.catch_warnings():
             # MLflow warns of type hints of its own classes, and wants an example of the input.
             warnings.simplefilter("ignore", UserWarning)
-            number = str(before[0].version) if before else _log(store, name, files, key, {**origin, "key": key})
+            number = str(before[0].version) if before else _log(store, name, files, key, {"key": key, **origin})
         client.set_registered_model_alias(name, alias, number)
     except Exception as error:  # MLflow's client, and those of its stores, each raise their own kind
         raise RegistryError(

@@ -21,6 +21,7 @@ from rich.table import Table
 from coda_ray.cluster import start_ray
 from coda_ray.config import Config, ConfigError, Strategy, told_in_one_line
 from coda_ray.jump.layout import PlateName
+from coda_ray.online import meter
 from coda_ray.online.strategies import MEANING, Adaptation, Turn, turns_of
 from coda_ray.pipeline import data
 from coda_ray.pipeline.evaluate import evaluate
@@ -30,7 +31,7 @@ from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.train_stages import adapt
 from coda_ray.pipeline.transfer import Model, Request, Transfer, model_of, score, with_needs
 from coda_ray.storage import Folder, open_place
-from coda_ray.tiles.store import UNIT_COLUMNS, content_key, table_bytes
+from coda_ray.tiles.store import content_key, table_bytes
 from coda_ray.tracking.figures import figure_png
 from coda_ray.tracking.records import read_record
 from coda_ray.tracking.report_figures import online_figure
@@ -232,8 +233,7 @@ def _check(config: Config) -> None:
 
 def plates_of(config: Config, target: str) -> list[PlateName]:
     """List the plates of a target in the order of arrival: by batch and name."""
-    names = data.load_tiles(config, target).frame[[UNIT_COLUMNS["batch"], UNIT_COLUMNS["plate"]]].drop_duplicates()
-    return sorted(PlateName(target, str(batch), str(plate)) for batch, plate in names.itertuples(index=False, name=None))
+    return sorted(meter.plates_of(data.load_tiles(config, target)))
 
 
 def _course(config: Config, request: Request, strategy: Strategy) -> Course:

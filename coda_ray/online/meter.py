@@ -1,26 +1,22 @@
 """How far plates are from the source and from each other: DMSO images in features of the source's extractor."""
 
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from coda_ray.analysis.drift import LEAST_IMAGES, Controls, Reference
 from coda_ray.config import Config
-from coda_ray.jump.layout import METADATA, PlateName
+from coda_ray.jump.layout import PlateName
 from coda_ray.jump.tables import CONTROL, NEGATIVE_CONTROL
 from coda_ray.learn.exported import ExportedModel
 from coda_ray.pipeline import data
 from coda_ray.pipeline.evaluate import FEATURE
-from coda_ray.pipeline.predict import predict, predictions_folder
-from coda_ray.storage import Folder
-from coda_ray.tiles.store import TileIndex
+from coda_ray.pipeline.predict import PLATE_ID, predict, predictions_folder
+from coda_ray.tiles.store import TileIndex, read_parquet
 
-PLATE_ID = list(METADATA[:3])
 Progress = Callable[[str, str], Any]
 
 
@@ -81,7 +77,7 @@ class DriftMeter:
 
     def _features(self, plates: Sequence[PlateName]) -> NDArray[np.float32]:
         """Read the features of the DMSO images of plates."""
-        tables = [read_table(self._folder, f"{'/'.join(plate)}/images.parquet") for plate in plates]
+        tables = [read_parquet(self._folder, f"{'/'.join(plate)}/images.parquet").to_pandas() for plate in plates]
         found = [table.loc[table[CONTROL] == NEGATIVE_CONTROL].filter(like=FEATURE) for table in tables]
         return np.concatenate([one.to_numpy(np.float32) for one in found]) if found else np.empty((0, 0), np.float32)
 
@@ -95,9 +91,3 @@ def tiles_of_plate(config: Config, plate: PlateName) -> TileIndex:
     """Load the tiles of a plate, without labels."""
     index = data.stored_tiles(config, plate.source).without_labels()
     return index.where((index.frame[PLATE_ID] == list(plate)).all(axis=1))
-
-
-def read_table(folder: Folder, path: str) -> pd.DataFrame:
-    """Read a parquet file of a folder."""
-    frame: pd.DataFrame = pq.read_table(io.BytesIO(folder.read(path))).to_pandas()
-    return frame

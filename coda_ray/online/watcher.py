@@ -26,13 +26,13 @@ from coda_ray.online.arrivals import Arrivals, complete_batch
 from coda_ray.online.board import ASIDE, DONE, FAILED, STEP_AFTER, Journey, journeys, plates_table
 from coda_ray.online.lease import Lease
 from coda_ray.online.ledger import Ledger
-from coda_ray.online.meter import DriftMeter, Progress, plates_of, read_table, tiles_of_plate
+from coda_ray.online.meter import DriftMeter, Progress, plates_of, tiles_of_plate
 from coda_ray.online.serving import Choice, Models, Say, watch_folder
 from coda_ray.pipeline import data
 from coda_ray.pipeline.models import Export
 from coda_ray.pipeline.predict import PredictionError, predict, predictions_folder
 from coda_ray.storage import open_place
-from coda_ray.tiles.store import TileIndex
+from coda_ray.tiles.store import TileIndex, read_parquet
 from coda_ray.tiles.stream import UnreadableTilesError
 from coda_ray.tracking.figures import figure_png
 from coda_ray.tracking.records import WATCHED
@@ -248,7 +248,7 @@ class Watcher:
         with self.progress(f"predicting {journey.plate.plate}", "tiles") as show:
             predict(self.config, export.model, tiles_of_plate(self.config, journey.plate), show)
         folder = predictions_folder(self.config, export.model.key).child("/".join(journey.plate))
-        wells, note = read_table(folder, "wells.parquet"), json.loads(folder.read("plate.json"))
+        wells, note = read_parquet(folder, "wells.parquet").to_pandas(), json.loads(folder.read("plate.json"))
         facts = {
             "model_key": export.model.key,
             "folder": folder.address(),

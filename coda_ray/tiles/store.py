@@ -255,7 +255,7 @@ class TileStore:
                     f"{self.folder.address(source)}: no finished plate of {source!r} prepared with these settings "
                     "(ingest.*); run jobs/ingest.py with this configuration first"
                 )
-            tables += [_read_parquet(self.folder, f"{path}/index.parquet") for path in paths]
+            tables += [read_parquet(self.folder, f"{path}/index.parquet") for path in paths]
         frame = pa.concat_tables(tables).to_pandas()
         return TileIndex(frame, self.folder, tuple(self.preparation["channels"]))
 
@@ -320,6 +320,6 @@ def table_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def _read_parquet(folder: Folder, path: str) -> pa.Table:
+def read_parquet(folder: Folder, path: str) -> pa.Table:
     """Read a table from storage."""
     return pq.read_table(io.BytesIO(folder.read(path)))

@@ -399,6 +399,8 @@ class Classify(Optimisation):
 class AdaptDino(Section):
     """What DINO does differently while it adapts; unset, as in section dino, by which it was pre-trained."""
 
+    pairs: Literal["batch", "plate"] | None = None
+    """Cross-batch partners: from another batch, or from another plate, of the same batch too."""
     student_temperature: float | None = Field(None, gt=0)
     """Temperature of the student's softmax."""
     teacher_temperature: float | None = Field(None, gt=0)
@@ -482,7 +484,7 @@ class Tent(Optimisation):
 
 
 class Baselines(Section):
-    """Corrections that train nothing, or next to nothing, on the target: standardise, sphering, harmony, tent."""
+    """What trains nothing, or next to nothing, on the target: probe, standardise, sphering, harmony, tent."""
 
     model: Literal["supervised", "dual-mae", "dual-dino", "dual-cb"] = "dual-cb"
     """The unadapted model that they start from."""

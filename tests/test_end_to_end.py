@@ -2,14 +2,17 @@
 
 import io
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 import pytest
 import yaml
 
+from coda_ray.config import METHODS_PER_UNIT, Method
 from real_images import REAL_IMAGES, real_list
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,3 +98,29 @@ def test_the_papers_settings_run_at_full_size(job, tiny_bucket, tmp_path):
     assert transfers["steps"].tolist() == [2, 0]
     (embeddings, _) = [pd.read_parquet(p) for p in (tmp_path / "results" / "evaluate").glob("*/embeddings.parquet")]
     assert embeddings.filter(like="feature_").shape[1] == 384
+
+
+@pytest.mark.long
+def test_every_method_from_the_bucket_to_the_report(job, tiny_bucket, tmp_path):
+    config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
+    assert set(config["matrix"]["methods"]) == set(get_args(Method))
+    config |= {"bucket": tiny_bucket.place.model_dump(), "metadata": tiny_bucket.metadata.model_dump()}
+    config |= {name: {"address": str(tmp_path / name)} for name in ("tiles", "results")}
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(config))
+    job("ingest.py", "--config", file)
+    job("matrix.py", "--config", file)
+    transfers = pd.read_parquet(tmp_path / "results" / "transfers.parquet")
+    across = transfers[transfers["source"] != transfers["target"]]
+    whole = across[(across["granularity"] == "source") & (across["scope"] == "whole")]
+    assert whole.groupby("method")["seed"].apply(set).to_dict() == {method: {0, 1} for method in get_args(Method)}
+    assert set(across.loc[across["granularity"] == "batch", "method"]) >= METHODS_PER_UNIT
+    assert whole["accuracy"].between(0, 1).all()
+    again = job("matrix.py", "--config", file)
+    told = re.search(r"(\d+) stages, (\d+) of them finished before", again)
+    assert told
+    assert told[1] == told[2]
+    job("report.py", "--config", file, "--out", tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert all(method in page for method in get_args(Method))
+    assert "mean ± std over 2 seeds" in page

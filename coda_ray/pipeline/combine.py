@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import ray.train
 
 from coda_ray.config import Config, Granularity
 from coda_ray.pipeline.evaluate import FEATURE, PROBABILITY, embeddings_of, predictions_of, write_predictions
@@ -48,7 +47,7 @@ def combine(config: Config, title: str, granularity: Granularity, evaluations: M
     column, units = UNIT_COLUMNS[granularity], tuple(evaluations)
     parts = tuple(evaluations.values())
     make = partial(_make, config, column, units, parts)
-    return Stage("combine", title, {"column": column, "units": list(units)}, make, parts)
+    return Stage("combine", title, {"column": column, "units": list(units)}, make, parts, runs_on="cpu")
 
 
 def _make(
@@ -59,7 +58,7 @@ def _make(
 
 
 def combine_loop(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Join the tables, on the first worker alone.
+    """Join the tables.
 
     Parameters
     ----------
@@ -72,8 +71,6 @@ def combine_loop(config: Mapping[str, Any]) -> dict[str, Any]:
         Facts: tiles, seconds.
     """
     run: CombinationRun = config["run"]
-    if ray.train.get_context().get_world_rank():
-        return {}
     begun = time.monotonic()
     predictions, embeddings = (
         pd.concat([_of_unit(read(run.config, stage), run.column, unit) for unit, stage in _parts(run)], ignore_index=True)

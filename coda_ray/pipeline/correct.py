@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import ray.train
 from numpy.typing import NDArray
 
 from coda_ray.analysis.corrections import LinearProbe, Sphering, harmony
@@ -81,10 +80,10 @@ def correct(
     Raises
     ------
     ConfigError
-        When Harmony is asked for and not installed.
+        When Harmony is asked for and not installed, or would be fitted to compounds that are held out.
     """
-    if method == "harmony" and find_spec("harmonypy") is None:
-        raise ConfigError("method harmony needs the package harmonypy (GPL-3.0-or-later): pip install coda_ray[harmony]")
+    if method == "harmony":
+        _check_harmony(config)
     labelled = data.training_tiles(config, classifier.inputs["source"]).labelled()
     column = UNIT_COLUMNS[granularity]
     inputs: dict[str, Any] = {"method": method, "unit": [column, unit], "labels": labelled.fingerprint}
@@ -95,7 +94,18 @@ def correct(
     title = f"{method} of {target.title}, fitted to {granularity} {unit}"
     classes = tuple(classifier.inputs["classes"])
     make = partial(_make, config, title, method, source, target, labelled, classes, (column, unit), seed)
-    return Stage("correct", title, inputs, make, (source, target))
+    return Stage("correct", title, inputs, make, (source, target), runs_on="cpu")
+
+
+def _check_harmony(config: Config) -> None:
+    """Refuse what Harmony cannot do."""
+    if find_spec("harmonypy") is None:
+        raise ConfigError("method harmony needs the package harmonypy (GPL-3.0-or-later): pip install '.[harmony]'")
+    if config.split == "compounds":
+        raise ConfigError(
+            "method harmony with split compounds: Harmony corrects the very images that it is fitted to, so no compound can be "
+            "held out of it; leave the method out there, or score it with split plate"
+        )
 
 
 def _make(
@@ -116,7 +126,7 @@ def _make(
 
 
 def correct_loop(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Correct and classify, on the first worker alone.
+    """Correct and classify.
 
     Parameters
     ----------
@@ -129,8 +139,6 @@ def correct_loop(config: Mapping[str, Any]) -> dict[str, Any]:
         Facts: tiles, seconds.
     """
     run: CorrectionRun = config["run"]
-    if ray.train.get_context().get_world_rank():
-        return {}
     begun = time.monotonic()
     known, wanted = embeddings_of(run.config, run.source), embeddings_of(run.config, run.target)
     inside = (wanted[run.unit[0]] == run.unit[1]).to_numpy()
@@ -152,7 +160,8 @@ def _corrected(run: CorrectionRun, known: pd.DataFrame, wanted: pd.DataFrame, in
     ours, theirs = (frame.filter(like=FEATURE).to_numpy(np.float32) for frame in (known, wanted))
     if run.method == "sphering":
         epsilon = run.config.baselines.sphering_epsilon
-        controls = ours[_untreated(known, run.title)], theirs[inside & _untreated(wanted, run.title)]
+        everywhere = np.ones(len(known), bool)
+        controls = ours[_untreated(known, everywhere, run.title)], theirs[_untreated(wanted, inside, run.title)]
         fitted = [Sphering.fit(rows, regularisation=epsilon) for rows in controls]
         return fitted[0].transform(ours), fitted[1].transform(theirs)
     if run.method == "harmony":
@@ -163,18 +172,18 @@ def _corrected(run: CorrectionRun, known: pd.DataFrame, wanted: pd.DataFrame, in
     return ours, theirs
 
 
-def _untreated(frame: pd.DataFrame, title: str) -> NDArray[np.bool_]:
-    """Find the DMSO wells.
+def _untreated(frame: pd.DataFrame, inside: NDArray[np.bool_], title: str) -> NDArray[np.bool_]:
+    """Find the images of DMSO wells among some.
 
     Raises
     ------
     ConfigError
         When there is none.
     """
-    found = (frame[CONTROL] == NEGATIVE_CONTROL).to_numpy()
+    found: NDArray[np.bool_] = inside & (frame[CONTROL] == NEGATIVE_CONTROL).to_numpy()
     if not found.any():
         raise ConfigError(
-            f"{title}: no tile has {CONTROL} = {NEGATIVE_CONTROL}, so there is nothing to fit sphering on; ingest the plates "
-            "with their compound tables, or leave the method out"
+            f"{title}: no tile of it has {CONTROL} = {NEGATIVE_CONTROL}, so there is nothing to fit sphering on; ingest the "
+            "plates with their compound tables, or leave the method out"
         )
     return found

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import ray.train
 import ray.train.torch
 import torch
 from numpy.typing import NDArray
@@ -80,7 +79,8 @@ def criteria(config: Config, index: TileIndex, evaluation: Stage, trained: Seque
         inputs |= {name: settings_of(getattr(config, name)) for name in names} | {"precision": config.train.precision}
     title = f"criteria of {evaluation.title}"
     needs = (profiles, evaluation, unadapted, *learnt)
-    return Stage("criteria", title, inputs, partial(_make, config, title, tiles, evaluation, unadapted, profiles, learnt), needs)
+    make = partial(_make, config, title, tiles, evaluation, unadapted, profiles, learnt)
+    return Stage("criteria", title, inputs, make, needs, runs_on="worker")
 
 
 def _learnt(evaluation: Stage, trained: Sequence[Stage]) -> tuple[Stage, ...]:
@@ -126,8 +126,6 @@ def criteria_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(run.config.train.threads)
     # Sinkhorn-Knopp sums over all workers, so none may be missing; copies of the same samples leave its result as it is.
     loss = _held_out_losses(run) if run.learnt else None
-    if ray.train.get_context().get_world_rank():
-        return {}
     found, reasons = _measure(run, loss)
     facts = {
         "tiles": len(run.index),

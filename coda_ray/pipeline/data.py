@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from coda_ray.config import Config, ConfigError, Granularity, Ingest, Place
 from coda_ray.jump.prepare import preparation_of
+from coda_ray.jump.tables import CONTROL, NEGATIVE_CONTROL
 from coda_ray.storage import open_place
 from coda_ray.tiles.plan import Partners, SamplePlan
 from coda_ray.tiles.reader import TileSource
@@ -115,12 +116,18 @@ def seen(config: Config, source: str, index: TileIndex) -> TileIndex:
     return _without(index, COMPOUND, held_out) if held_out else index
 
 
+def unseen(config: Config, source: str, index: TileIndex) -> TileIndex:
+    """Keep the tiles that features are measured on: all; with split=compounds, unseen compounds and the controls."""
+    if config.split == "plate":
+        return index
+    of_interest = index.frame[COMPOUND].isin(held_out_compounds(config, source))
+    return index.where(of_interest | (index.frame[CONTROL] == NEGATIVE_CONTROL))
+
+
 def scored(config: Config, source: str, index: TileIndex, classes: Sequence[str]) -> TileIndex:
     """Keep the tiles that a classifier of a source is scored on: MoA labels it knows; with split=compounds, unseen compounds."""
-    known = index.frame[LABEL].isin(classes)
-    if config.split == "compounds":
-        known &= index.frame[COMPOUND].isin(held_out_compounds(config, source))
-    return index.where(known)
+    asked = unseen(config, source, index)
+    return asked.where(asked.frame[LABEL].isin(classes))
 
 
 def training_tiles(config: Config, source: str) -> TileIndex:
@@ -223,8 +230,17 @@ class UnlabelledTiles:
         partners = self.partners(pairs) if pairs else None
         return TileSource(self.pool, SamplePlan(seed, self.anchors, partners), crop)
 
-    def check_partners(self, config: Config, what: str) -> str | None:
+    def check_partners(self, config: Config, what: str, *, adapting: bool) -> str | None:
         """Report compounds that have no tile in another batch (or plate, by `dino.pairs`).
+
+        Parameters
+        ----------
+        config
+            Settings; of an adaptation, with its own section `dino`.
+        what
+            What would train, for people.
+        adapting
+            Whether it is an adaptation, which has remedies of its own.
 
         Returns
         -------
@@ -246,11 +262,19 @@ class UnlabelledTiles:
             f"in another {across}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
         )
         if config.adapt.no_partner == "error":
-            raise DataError(
-                f"{told}; remedies: --adapt.no-partner same-image (views of one image), "
-                "--adapt.partner-pool source (partners from the whole target), or method oda"
-            )
+            remedies = ["--adapt.no-partner same-image (views of one image)", *self._remedies(config, lonely, adapting)]
+            raise DataError(f"{told}; remedies: {', '.join(remedies)}, or method oda")
         return f"{told}; each is its own partner"
+
+    def _remedies(self, config: Config, lonely: NDArray[np.int64], adapting: bool) -> list[str]:
+        """Name the options that give every lonely tile a partner, as far as these tiles tell."""
+        found = []
+        if config.dino.pairs == "batch" and (self.partners("plate").count(lonely) > 0).all():
+            option = "--adapt.dino.pairs" if adapting else "--dino.pairs"
+            found.append(f"{option} plate (partners from other plates of the same batch)")
+        if adapting and config.adapt.partner_pool == "unit":
+            found.append("--adapt.partner-pool source (partners from the whole target)")
+        return found
 
 
 @lru_cache(maxsize=KEPT_SELECTIONS)
@@ -312,7 +336,7 @@ def units_of(config: Config, target: str, granularity: Granularity, seed: int) -
         When the target has no unit of that name.
     """
     units, wanted = load_tiles(config, target).units(granularity), config.adapt.unit
-    if wanted == "all":
+    if wanted == "all" or granularity == "source":
         return units
     if wanted == "random":
         return [units[np.random.default_rng(seed).integers(len(units))]]

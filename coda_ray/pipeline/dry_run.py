@@ -24,6 +24,7 @@ from coda_ray.jump.tables import Tables, choose_plates, read_tables
 from coda_ray.learn.mae import MaeObjective
 from coda_ray.learn.objectives import DinoObjective
 from coda_ray.pipeline import data, networks
+from coda_ray.pipeline.profile import WELL_ID
 from coda_ray.pipeline.stage import Rate, Stage
 from coda_ray.pipeline.transfer import Request, plan, stages_of
 from coda_ray.storage import Folder, open_place
@@ -33,12 +34,14 @@ from coda_ray.training.checkpoints import KEEP
 WIDTH = 190
 RAW_BYTES_PER_PIXEL = 2
 FLOAT_BYTES = 4
+SUM_BYTES = 8
+# Stages that leave no weights, and so have no checkpoints: tiles go through a network once.
+PASSES = ("evaluate", "moments")
 PLANNED, UNKNOWN = "~", "–"
 STAGE_COLUMNS = [
     "kind", "title", "source", "plates", "tiles", "steps", "minibatch", "images_per_step", "images", "gpu_hours", "bytes",
-    "finished", "planned",
+    "finished", "planned", "number", "needs",
 ]  # fmt: skip
-WELL = ["Metadata_Plate", "Metadata_Well"]
 
 
 @dataclass(frozen=True)
@@ -49,21 +52,26 @@ class Survey:
     ----------
     sources
         One row per source: plates, batches, wells, compounds, classes, labelled (tiles), tiles, tile_px, tile_bytes; of them
-        planned (plates that are not ingested yet) and raw_bytes (of the raw images to read for them).
+        planned (plates that are not ingested yet) and raw_bytes (of the raw images to read for them); held_out, the plate that is
+        never trained on, of those that are learnt from.
     stages
         One row per stage, in an order in which each stands after those it needs: kind, title, source, plates, tiles, steps,
         minibatch, images_per_step, images, gpu_hours (spent by a finished stage), bytes (of its results), finished, planned
-        (whether its source has planned plates). Missing where it was not counted, or no rate is known.
+        (whether its source has planned plates), number and needs (numbers of the stages that it stands on). Missing where it was
+        not counted, or no rate is known.
     rates
         Kind of work → samples per second and GPU, and where that is from.
     checkpoint_bytes
         Most that one running stage keeps in checkpoints besides.
+    warnings
+        What should be known before the stages that are not finished start.
     """
 
     sources: pd.DataFrame
     stages: pd.DataFrame
     rates: dict[str, tuple[float, str]]
     checkpoint_bytes: int
+    warnings: tuple[str, ...]
 
 
 def survey(config: Config, requests: Sequence[Request]) -> Survey:
@@ -91,12 +99,21 @@ def survey(config: Config, requests: Sequence[Request]) -> Survey:
         planned = _write_indexes(config, names, open_place(planning.tiles))
         stages = stages_of(transfer for request in requests for transfer in plan(planning, request))
         sources = pd.DataFrame([_source_row(planning, name, planned[name]) for name in names])
+        learnt = {request.source for request in requests}
+        sources["held_out"] = [data.held_out_plate(planning, name) if name in learnt else None for name in names]
     results = open_place(config.results)
     facts = {stage.key: stage.facts(results) for stage in stages}
     rates = _rates(config, stages, facts)
     sizes = _Sizes(config)
-    rows = [_stage_row(stage, facts[stage.key], rates, sizes, planned) for stage in stages]
-    return Survey(sources, pd.DataFrame(rows, columns=STAGE_COLUMNS), rates, max(sizes.checkpoints(stage) for stage in stages))
+    numbers = {stage.key: number for number, stage in enumerate(stages, 1)}
+    rows = [
+        _stage_row(stage, facts[stage.key], rates, sizes, planned)
+        | {"number": numbers[stage.key], "needs": [numbers[need.key] for need in stage.needs]}
+        for stage in stages
+    ]
+    largest = max(sizes.checkpoints(stage) for stage in stages)
+    warnings = tuple(dict.fromkeys(stage.note for stage in stages if stage.note and facts[stage.key] is None))
+    return Survey(sources, pd.DataFrame(rows, columns=STAGE_COLUMNS), rates, largest, warnings)
 
 
 def show(config: Config, requests: Sequence[Request]) -> int:
@@ -117,7 +134,7 @@ def show(config: Config, requests: Sequence[Request]) -> int:
         found = survey(config, requests)
     for table in (_sources_table(found), _stages_table(found), _totals_table(found)):
         console.print(table)
-    for line in _notes(found):
+    for line in (*_places(config), *_notes(found)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     return 0
 
@@ -184,7 +201,7 @@ def _source_row(config: Config, source: str, planned: int) -> dict[str, Any]:
         "source": source,
         "plates": len(index.units("plate")),
         "batches": len(index.units("batch")),
-        "wells": len(frame[WELL].drop_duplicates()),
+        "wells": len(frame[WELL_ID].drop_duplicates()),
         "compounds": frame[COMPOUND].nunique(),
         "classes": frame[LABEL].nunique(),
         "labelled": int(frame[LABEL].notna().sum()),
@@ -233,7 +250,7 @@ def _rates(config: Config, stages: Sequence[Stage], facts: dict[str, dict[str, A
         done, work = facts[stage.key], stage.workload
         # An evaluation that was resumed counts the seconds of its last part alone, so it does not tell.
         if done and work and stage.kind != "evaluate" and done["seconds"]:
-            measured.setdefault(work.rate, []).append(work.samples / (done["seconds"] * done["workers"]))
+            measured.setdefault(work.rate, []).append(work.samples / (done["seconds"] * done.get("workers", 1)))
     rates = {rate: (median(values), f"median of {len(values)} finished stages") for rate, values in measured.items()}
     for rate in get_args(Rate):
         assumed = getattr(config.estimate, f"{rate}_per_s")
@@ -250,17 +267,20 @@ class _Sizes:
         self.extractor, self.classifier = cache(self._extractor), cache(self._classifier)
 
     def results(self, stage: Stage) -> int:
-        """Bytes of the result: weights, or predictions and embeddings."""
+        """Bytes of the result: weights, predictions and embeddings, or sums over the tokens of each plate."""
         if stage.workload is None:
             return 0
-        if stage.kind != "evaluate":
+        if stage.kind not in PASSES:
             return self._weights(stage)[0]
         classes = len(stage.needs[0].inputs["classes"])
-        return stage.workload.tiles * FLOAT_BYTES * (classes + self.classifier(classes, False)[2])
+        width = self.classifier(classes, False)[2]
+        if stage.kind == "moments":
+            return stage.workload.plates * SUM_BYTES * (1 + 4 * width)
+        return stage.workload.tiles * FLOAT_BYTES * (classes + width)
 
     def checkpoints(self, stage: Stage) -> int:
         """Bytes of the checkpoints while it runs: weights and AdamW's two moments, in each."""
-        if stage.workload is None or stage.kind == "evaluate":
+        if stage.workload is None or stage.kind in PASSES:
             return 0
         saved, trained = self._weights(stage)[:2]
         return KEEP * (saved + 2 * trained)
@@ -305,6 +325,7 @@ def _sources_table(found: Survey) -> Table:
         "tile px",
         "tile store GB",
         "raw GB",
+        "held out",
     ]
     _columns(table, names)
     for row in found.sources.to_dict("records"):
@@ -312,7 +333,7 @@ def _sources_table(found: Survey) -> Table:
         mark = PLANNED if row["planned"] else ""
         sizes = [row["tile_px"], f"{mark}{row['tile_bytes'] / 1e9:.1f}", _count(row["raw_bytes"] / 1e9)]
         plates = f"{row['plates']}" + (f" ({row['planned']} {PLANNED})" if row["planned"] else "")
-        table.add_row(row["source"], plates, *counts, f"{mark}{_count(row['tiles'])}", *sizes)
+        table.add_row(row["source"], plates, *counts, f"{mark}{_count(row['tiles'])}", *sizes, row["held_out"] or "")
     total = found.sources[["tile_bytes", "raw_bytes"]].sum() / 1e9
     ends = [_count(found.sources["labelled"].sum()), _count(found.sources["tiles"].sum()), ""]
     table.add_section()
@@ -325,14 +346,15 @@ def _sources_table(found: Survey) -> Table:
 def _stages_table(found: Survey) -> Table:
     """Lay out the stages, in an order in which each stands after those it needs."""
     table = Table(title="stages")
-    names = ["stage", "plates", "tiles", "steps", "mini-batch", "images/step", "images", "GPU h", "MB", "state"]
+    names = ["stage", "#", "needs", "plates", "tiles", "steps", "mini-batch", "images/step", "images", "GPU h", "MB", "state"]
     _columns(table, names)
     for row in found.stages.to_dict("records"):
         mark = PLANNED if row["planned"] else ""
         counts = [_count(row[name]) for name in ("steps", "minibatch", "images_per_step", "images")]
         costs = [_hours(row["gpu_hours"]), _count(row["bytes"] / 1e6)]
         state = "finished" if row["finished"] else ""
-        table.add_row(row["title"], _count(row["plates"]), f"{mark}{_count(row['tiles'])}", *counts, *costs, state)
+        order = [str(row["number"]), ", ".join(map(str, row["needs"]))]
+        table.add_row(row["title"], *order, _count(row["plates"]), f"{mark}{_count(row['tiles'])}", *counts, *costs, state)
     return table
 
 
@@ -352,19 +374,26 @@ def _totals_table(found: Survey) -> Table:
     return table
 
 
+def _places(config: Config) -> list[str]:
+    """Say where everything is read and written."""
+    sections = {"images": config.bucket, "metadata": config.metadata, "tiles": config.tiles, "results": config.results}
+    return [f"{name}: {place.address}" for name, place in sections.items()]
+
+
 def _notes(found: Survey) -> list[str]:
     """Say what is known, what is planned, and what the hours stand on."""
     plates, planned = found.sources[["plates", "planned"]].sum()
     known = f"{plates - planned} plates are in the tile store"
     notes = [f"{known}; {planned} are planned from the metadata tables, every listed well whole ({PLANNED})"]
-    notes += [f"{rate}: {speed:,.0f} samples/s per GPU ({origin})" for rate, (speed, origin) in found.rates.items()]
+    speeds = {rate: f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}" for rate, (speed, _) in found.rates.items()}
+    notes += [f"{rate}: {speeds[rate]} samples/s per GPU ({origin})" for rate, (_, origin) in found.rates.items()]
     if found.stages["gpu_hours"].isna().any():
         notes.append(f"GPU h {UNKNOWN}: no rate is known; give estimate.dino_per_s and its like")
     uncounted = int(found.stages["tiles"].isna().sum())
     if uncounted:
         notes.append(f"{uncounted} stages that take no GPU (corrections, profiles) were not counted")
     notes.append(f"each running stage keeps up to {found.checkpoint_bytes / 1e9:.1f} GB of checkpoints besides")
-    return notes
+    return [*notes, *found.warnings]
 
 
 def _columns(table: Table, names: Sequence[str]) -> None:

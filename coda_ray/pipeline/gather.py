@@ -20,6 +20,7 @@ from coda_ray.pipeline.evaluate import TILE_ID, predictions_of
 from coda_ray.pipeline.layers import compare_layers, layers_of
 from coda_ray.pipeline.maps import map_features, map_of
 from coda_ray.pipeline.matrix import job_key, plan_all, requests_of, run_stages
+from coda_ray.pipeline.profile import WELL_ID
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.train_stages import pretrain, root_of
 from coda_ray.pipeline.transfer import BOOTSTRAP_SEED, Request, Transfer, plan, stages_of, unadapted
@@ -50,7 +51,6 @@ RIVALS: list[tuple[Method, Method]] = [
     ("sphering", "probe"),
     ("harmony", "probe"),
 ]
-WELL = ["Metadata_Batch", "Metadata_Plate", "Metadata_Well"]
 Say = Callable[[str], None]
 
 
@@ -220,7 +220,7 @@ def _sources(config: Config) -> Iterator[list[Any]]:
         yield [
             source,
             *[frame[UNIT_COLUMNS[granularity]].nunique() for granularity in ("batch", "plate")],
-            len(frame[WELL].drop_duplicates()),
+            len(frame[WELL_ID].drop_duplicates()),
             *[frame[column].nunique() for column in (COMPOUND, LABEL)],
             len(frame),
             int(frame[LABEL].notna().sum()),

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import ray.train
 import ray.train.torch
 import torch
 from numpy.typing import NDArray
@@ -66,7 +65,9 @@ def compare_layers(config: Config, index: TileIndex, first: Stage, second: Stage
     if config.dino.extractor != "teacher":
         inputs["extractor"] = config.dino.extractor
     title = f"layers of {first.title} beside {second.title}"
-    return Stage("layers", title, inputs, partial(_make, config, title, tiles, (first, second)), (first, second))
+    return Stage(
+        "layers", title, inputs, partial(_make, config, title, tiles, (first, second)), (first, second), runs_on="worker"
+    )
 
 
 def layers_of(config: Config, stage: Stage) -> dict[str, NDArray[np.float64]]:
@@ -92,7 +93,7 @@ def _make(
 
 
 def layers_loop(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Compare on the first worker alone; write `cka.parquet`.
+    """Compare; write `cka.parquet`.
 
     Parameters
     ----------
@@ -105,8 +106,6 @@ def layers_loop(config: Mapping[str, Any]) -> dict[str, Any]:
         Facts: tiles that were asked for, seconds.
     """
     run: LayersRun = config["run"]
-    if ray.train.get_context().get_world_rank():
-        return {}
     begun = time.monotonic()
     torch.set_num_threads(run.config.train.threads)
     device = ray.train.torch.get_device()

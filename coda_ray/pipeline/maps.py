@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import ray.train
 
 from coda_ray.analysis.projection import project
 from coda_ray.config import Config
@@ -54,7 +53,7 @@ def map_features(config: Config, index: TileIndex, before: Stage, after: Stage) 
     tiles = data.drawn(index, config.report.map_tiles)
     title = f"map of {before.title} beside {after.title}"
     inputs = {"tiles": tiles.fingerprint, "seed": SEED}
-    return Stage("map", title, inputs, partial(_make, config, title, tiles, (before, after)), (before, after))
+    return Stage("map", title, inputs, partial(_make, config, title, tiles, (before, after)), (before, after), runs_on="cpu")
 
 
 def map_of(config: Config, stage: Stage) -> pd.DataFrame:
@@ -70,7 +69,7 @@ def _make(
 
 
 def map_loop(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Project on the first worker alone; write `map.parquet`.
+    """Project; write `map.parquet`.
 
     Parameters
     ----------
@@ -83,8 +82,6 @@ def map_loop(config: Mapping[str, Any]) -> dict[str, Any]:
         Facts: tiles that both evaluations could read, seconds.
     """
     run: MapRun = config["run"]
-    if ray.train.get_context().get_world_rank():
-        return {}
     begun = time.monotonic()
     tables = [embeddings_of(run.config, stage).set_index(TILE_ID).filter(like=FEATURE) for stage in run.evaluations]
     wanted = pd.MultiIndex.from_frame(run.index.frame[TILE_ID])

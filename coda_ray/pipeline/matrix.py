@@ -236,6 +236,8 @@ class _Runner:
         missing = deque(stage for stage in self.stages if stage.key not in done)
         if missing:
             self._check_resources()
+        for note in dict.fromkeys(stage.note for stage in missing if stage.note):
+            self.say(note)
         limit = self._at_a_time()
         while missing or self.running or finished:
             while missing and len(self.running) < limit:

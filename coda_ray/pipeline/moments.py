@@ -141,10 +141,10 @@ def moments_loop(config: Mapping[str, Any]) -> dict[str, Any]:
         dist.all_reduce(both)
     if context.get_world_rank():
         return {}
-    return _write(run, plates.tolist(), both.cpu(), begun)
+    return _write(run, plates.tolist(), both.cpu(), context.get_world_size(), begun)
 
 
-def _write(run: MomentsRun, plates: list[str], both: Tensor, begun: float) -> dict[str, Any]:
+def _write(run: MomentsRun, plates: list[str], both: Tensor, workers: int, begun: float) -> dict[str, Any]:
     """Write the sums of plates that had a readable tile, and `done.json` last."""
     seen = both[:, 0] > 0
     count, sums = both[seen, 0], both[seen, 1:].reshape(-1, 2, 2, (both.shape[1] - 1) // 4)
@@ -152,6 +152,7 @@ def _write(run: MomentsRun, plates: list[str], both: Tensor, begun: float) -> di
         "sha256": write_tensors(run.folder, SUMS, {"count": count, "sums": sums}),
         "plates": [plate for plate, any_tile in zip(plates, seen.tolist(), strict=True) if any_tile],
         "tiles": int(count.sum()),
+        "workers": workers,
         "seconds": round(time.monotonic() - begun, 3),
     }
     run.folder.write("done.json", json.dumps(facts, indent=1).encode())

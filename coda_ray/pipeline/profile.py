@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import ray.train
 from numpy.typing import NDArray
 
 from coda_ray.analysis.mixing import batch_mixing
@@ -59,7 +58,8 @@ def profile(config: Config, index: TileIndex, evaluation: Stage) -> Stage:
         The stage that has the embeddings.
     """
     title = f"profiles of {evaluation.title}{'' if LABEL in index.frame else ', without labels'}"
-    return Stage("profile", title, {"tiles": index.fingerprint}, partial(_make, config, title, index, evaluation), (evaluation,))
+    make = partial(_make, config, title, index, evaluation)
+    return Stage("profile", title, {"tiles": index.fingerprint}, make, (evaluation,), runs_on="cpu")
 
 
 def _make(config: Config, title: str, index: TileIndex, evaluation: Stage, folder: Folder, report: Report | None) -> Made:
@@ -68,7 +68,7 @@ def _make(config: Config, title: str, index: TileIndex, evaluation: Stage, folde
 
 
 def profile_loop(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Write `profiles.parquet` and measure it, on the first worker alone.
+    """Write `profiles.parquet` and measure it.
 
     Parameters
     ----------
@@ -81,8 +81,6 @@ def profile_loop(config: Mapping[str, Any]) -> dict[str, Any]:
         Facts: wells, seconds, `scores` (null where the data have nothing to measure) and, for those, the reasons.
     """
     run: ProfileRun = config["run"]
-    if ray.train.get_context().get_world_rank():
-        return {}
     begun = time.monotonic()
     images = _annotated(run)
     wells = well_profiles(images)

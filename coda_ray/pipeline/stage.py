@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from coda_ray.config import Config
+from coda_ray.config import Config, Train
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, content_key
 from coda_ray.training.launch import launch
@@ -95,6 +95,10 @@ class Stage:
         Given the stage's folder and where to report, returns the worker loop and its description.
     workload
         How much it has to do, for the dry run; None where that was not counted.
+    runs_on
+        `workers`: as many as section `train` says; `worker`: one of them; `cpu`: one without a GPU.
+    note
+        What a person should know before it starts.
     """
 
     kind: str
@@ -105,6 +109,8 @@ class Stage:
     )
     needs: tuple["Stage", ...] = ()
     workload: Workload | None = field(default=None, compare=False, repr=False)
+    runs_on: Literal["workers", "worker", "cpu"] = field(default="workers", compare=False, repr=False)
+    note: str | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def key(self) -> str:
@@ -123,6 +129,12 @@ class Stage:
             return dict(json.loads(results.read(f"{self.path}/done.json")))
         except FileNotFoundError:
             return None
+
+    def part_of(self, train: Train) -> Train:
+        """Take what this stage uses of the workers and GPUs that a configuration gives to each stage."""
+        if self.runs_on == "workers":
+            return train
+        return train.model_copy(update={"workers": "0"} | ({"gpus_per_worker": 0.0} if self.runs_on == "cpu" else {}))
 
     def run(self, config: Config, report: Report | None) -> dict[str, Any]:
         """Run the stage, or continue it, unless it is finished already.
@@ -148,4 +160,4 @@ class Stage:
         note["needs"] = [stage.path for stage in self.needs]
         folder.write("stage.json", json.dumps(note, indent=1).encode())
         loop, run = self.make(folder, report)
-        return launch(loop, run, config.train, results)
+        return launch(loop, run, self.part_of(config.train), results)

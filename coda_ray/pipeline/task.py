@@ -51,7 +51,8 @@ def submit(stage: Stage, config: Config, report: Report | None, needs: Sequence[
     ObjectRef
         Of its facts.
     """
-    wanted = {} if config.train.worker_range[1] else resources(config.train)
+    train = stage.part_of(config.train)
+    wanted = {} if train.worker_range[1] else resources(train)
     # A process that has used one GPU cannot move to another: it is kept warm only where there is no other.
     warm = not wanted.get("GPU") or all(node["Resources"].get("GPU", 0) <= 1 for node in nodes())
     facts: Facts = (

@@ -60,7 +60,7 @@ def pretrain(config: Config, source: str, *, objective: Pretraining, seed: int) 
         When tiles have no partner and `adapt.no_partner` is `error`.
     """
     tiles = data.unlabelled(data.training_tiles(config, source))
-    note = tiles.check_partners(config, f"pretrain on {source}") if objective == "dino-cb" else None
+    note = tiles.check_partners(config, f"pretrain on {source}", adapting=False) if objective == "dino-cb" else None
     if config.train.knn_every:
         data.labelled_held_out(config, source)
     inputs = {
@@ -72,9 +72,9 @@ def pretrain(config: Config, source: str, *, objective: Pretraining, seed: int) 
     title = f"pretrain {objective} on {source}, seed {seed}"
     epoch = len(tiles.anchors) // config.pretrain.minibatch
     build = partial(_self_supervised_work, config, tiles, config.pretrain, epoch, seed, objective, None, source)
-    make = partial(_make, config, config.pretrain, epoch, seed, title, build, note)
+    make = partial(_make, config, config.pretrain, epoch, seed, title, build)
     workload = _workload(section_of(objective), tiles.anchored(), config.pretrain, epoch, pairs=objective == "dino-cb")
-    return Stage("pretrain", title, inputs, make, workload=workload)
+    return Stage("pretrain", title, inputs, make, workload=workload, note=note)
 
 
 def classify(config: Config, source: str, *, seed: int, extractor: Stage | None) -> Stage:
@@ -105,7 +105,7 @@ def classify(config: Config, source: str, *, seed: int, extractor: Stage | None)
     title = f"classify {MODEL_ON[extractor.inputs['objective']] if extractor else 'supervised'} on {source}, seed {seed}"
     epoch = len(index) // config.classify.minibatch
     build = partial(_classify_work, config, source, index.fingerprint, classes, seed, extractor)
-    make = partial(_make, config, config.classify, epoch, seed, title, build, None)
+    make = partial(_make, config, config.classify, epoch, seed, title, build)
     workload = _workload("supervised", index, config.classify, epoch)
     return Stage("classify", title, inputs, make, (extractor,) if extractor else (), workload)
 
@@ -158,7 +158,7 @@ def adapt(
     tiles = data.adaptation_tiles(config, source, target, granularity, unit)
     after = f", after {start.inputs['granularity']} {start.inputs['unit']}" if start else ""
     title = f"adapt {CONTINUED_BY[objective]} {source} to {target} {granularity} {unit}{after}, seed {seed}"
-    note = tiles.check_partners(config, title) if objective == "dino-cb" else None
+    note = tiles.check_partners(config, title, adapting=True) if objective == "dino-cb" else None
     optimisation = config.adapt
     if granularity != "source" and optimisation.minibatch_unit:
         optimisation = optimisation.model_copy(update={"minibatch": optimisation.minibatch_unit})
@@ -174,9 +174,9 @@ def adapt(
         # The tiles of the whole target, which an epoch counts, are in no fingerprint then.
         inputs["epoch"] = epoch
     build = partial(_self_supervised_work, config, tiles, optimisation, epoch, seed, objective, begun, None)
-    make = partial(_make, config, optimisation, epoch, seed, title, build, note)
+    make = partial(_make, config, optimisation, epoch, seed, title, build)
     workload = _workload(section_of(objective), tiles.anchored(), optimisation, epoch, pairs=objective == "dino-cb")
-    whole = Stage("adapt", title, inputs, make, (begun,), workload)
+    whole = Stage("adapt", title, inputs, make, (begun,), workload, note=note)
     return whole if until is None else _paused(config, whole, until)
 
 
@@ -187,7 +187,8 @@ def _paused(config: Config, whole: Stage, until: int) -> Stage:
         loop, run = whole.make(folder, report)
         return loop, replace(run, until=until, checkpoints=open_place(config.results).child(whole.path))
 
-    return Stage(whole.kind, f"{whole.title}, until step {until}", {**whole.inputs, "until": until}, make, whole.needs)
+    title = f"{whole.title}, until step {until}"
+    return Stage(whole.kind, title, {**whole.inputs, "until": until}, make, whole.needs, note=whole.note)
 
 
 def tent(
@@ -214,7 +215,7 @@ def tent(
     }
     epoch = len(data.known_tiles(config, source, target)) // config.tent.minibatch
     build = partial(_tent_work, config, tiles, classifier, seed)
-    make = partial(_make, config, config.tent, epoch, seed, title, build, None)
+    make = partial(_make, config, config.tent, epoch, seed, title, build)
     workload = _workload("tent", tiles.anchored(), config.tent, epoch)
     whole = Stage("adapt", title, inputs, make, (classifier,), workload)
     return whole if until is None else _paused(config, whole, until)
@@ -346,13 +347,10 @@ def _make(
     seed: int,
     title: str,
     build: Callable[[], Work],
-    note: str | None,
     folder: Folder,
     report: Report | None,
 ) -> Made:
     """Describe a training run to the worker loop."""
-    if note:
-        print(note, flush=True)
     run = TrainingRun(
         title=title,
         folder=folder,
@@ -388,7 +386,8 @@ def _self_supervised_work(
     else:
         steps = steps_of(optimisation.steps, epoch)
         learner = networks.dino_objective(settings, channels=channels, steps=steps, steps_per_epoch=epoch, seed=seed)
-        watched, guard = learner.teacher.backbone, networks.collapse_guard(config)
+        chosen = learner.student if config.dino.extractor == "student" else learner.teacher
+        watched, guard = chosen.backbone, networks.collapse_guard(config)
     if start is not None:
         learner.warm_start(stage_tensors(config, start))
     pairs = config.dino.pairs if objective == "dino-cb" else None

@@ -19,7 +19,7 @@ from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.train_stages import CONTINUED_BY, MODEL_ON, Pretraining, adapt, classify, pretrain, tent
 from coda_ray.storage import Folder
 from coda_ray.tiles.store import COMPOUND, UNIT_COLUMNS, TileIndex, content_key
-from coda_ray.tracking.records import FEATURE_SCORES
+from coda_ray.tracking.records import FEATURE_SCORES, INTERVAL
 
 BASELINES: frozenset[str] = frozenset({"standardise", *get_args(Correction), "tent"})
 BOOTSTRAP_SEED = 0
@@ -203,13 +203,13 @@ def with_needs(stages: Iterable[Stage]) -> list[Stage]:
 def score(config: Config, results: Folder, transfers: Iterable[Transfer]) -> Iterator[dict[str, Any]]:
     """Score the transfers of one finished evaluation; labels are read here and nowhere before.
 
-    Transfers without a labelled tile are passed over.
+    Transfers without a labelled tile that could be read are passed over.
 
     Yields
     ------
     dict
-        The transfer's record: its identity, counts, scores, the accuracy's 95 % interval over wells, scores of the features
-        (null where not measured), steps, seconds, key and where its curve is.
+        The transfer's record: its identity, counts, scores, the accuracy's 95 % interval over wells (null with a single well),
+        scores of the features (null where not measured), steps, seconds, key and where its curve is.
     """
     table, evaluation = None, ""
     for transfer in transfers:
@@ -219,25 +219,27 @@ def score(config: Config, results: Folder, transfers: Iterable[Transfer]) -> Ite
             table, evaluation = predictions_of(config, transfer.evaluation).set_index(TILE_ID), transfer.evaluation.key
         frame = transfer.index.frame
         known = frame[frame.set_index(TILE_ID).index.isin(table.index)]
+        if known.empty:
+            continue
         chosen = table.loc[list(known[TILE_ID].itertuples(index=False, name=None))]
         named = chosen.filter(like=PROBABILITY)
         classes, probabilities = [str(name).removeprefix(PROBABILITY) for name in named], named.to_numpy(np.float64)
         labels = data.label_codes(TileIndex(known, transfer.index.folder, ()), classes)
         wells = (known["Metadata_Plate"] + "/" + known["Metadata_Well"]).to_numpy(str)
         compounds = known[COMPOUND].to_numpy(str)
-        low, high = bootstrap_accuracy(wells, probabilities.argmax(1) == labels, seed=BOOTSTRAP_SEED)
+        n_wells, right = len(np.unique(wells)), probabilities.argmax(1) == labels
+        interval = bootstrap_accuracy(wells, right, seed=BOOTSTRAP_SEED) if n_wells > 1 else (None, None)
         facts = (transfer.trained.facts(results) or {}) if transfer.trained else {}
         measured = (transfer.profile.facts(results) or {}) if transfer.profile else {}
         yield {
             **transfer.identity,
             "n_images": len(known),
-            "n_wells": len(np.unique(wells)),
+            "n_wells": n_wells,
             "n_compounds": len(np.unique(compounds)),
             **image_scores(labels, probabilities),
             **well_scores(wells, labels, probabilities),
             **compound_scores(compounds, labels, probabilities),
-            "accuracy_low": low,
-            "accuracy_high": high,
+            **dict(zip(INTERVAL, interval, strict=True)),
             **{name: measured.get("scores", {}).get(name) for name in FEATURE_SCORES},
             "steps": facts.get("steps", 0),
             "seconds": facts.get("seconds", 0.0),
@@ -259,7 +261,9 @@ def _on_the_whole(
 ) -> Transfer:
     """Name one score on all of the target; its features are measured too, where that is wanted."""
     transfer = _transfer(request, method, granularity, unit, "whole", evaluation, trained, counted)
-    return replace(transfer, profile=profile(config, index, evaluation)) if config.evaluate.profiles else transfer
+    if not config.evaluate.profiles:
+        return transfer
+    return replace(transfer, profile=profile(config, data.unseen(config, request.source, index), evaluation))
 
 
 def _in_domain(config: Config, request: Request, model: Model) -> Transfer:

@@ -31,7 +31,7 @@ from coda_ray.tracking.report_tables import (
     granularity_table,
     score_tables,
 )
-from coda_ray.tracking.table import matrices, seeds_text, shown
+from coda_ray.tracking.table import OF_SPLIT, matrices, seeds_text, shown
 
 PAGE = "report.html"
 TEMPLATE = "page.html"
@@ -242,7 +242,7 @@ def _granularities(found: Findings) -> list[Picture]:
         part = table[table["split"] == split]
         if part["granularity"].nunique() > 1:
             name = "figure-4-granularity" + ("" if split == "plate" else f"-{split}")
-            title = "Figure 4: accuracy by granularity" + ("" if split == "plate" else ", compounds held out")
+            title = f"Figure 4: accuracy by granularity{OF_SPLIT[split]}"
             pictures.append(Picture(name, title, words, granularity_figure(part)))
     return pictures
 
@@ -278,5 +278,4 @@ def _part(tidy: pd.DataFrame) -> str:
 
 def _named(tidy: pd.DataFrame) -> str:
     """Name one split and granularity, and the seeds, for people."""
-    held_out = ", compounds held out" if tidy["split"].iloc[0] == "compounds" else ""
-    return f"adapted per {tidy['granularity'].iloc[0]}{held_out}, {seeds_text(tidy)}"
+    return f"adapted per {tidy['granularity'].iloc[0]}{OF_SPLIT[tidy['split'].iloc[0]]}, {seeds_text(tidy)}"

@@ -18,7 +18,7 @@ from coda_ray.config import METHODS_PER_UNIT, Granularity
 from coda_ray.tracking.figures import COLOURS
 from coda_ray.tracking.findings import POOLED, Example, FeatureMap, LayerComparison
 from coda_ray.tracking.published import published_cells
-from coda_ray.tracking.table import TITLES, cells_of, seeds_text, shown, title_of
+from coda_ray.tracking.table import OF_SPLIT, TITLES, cells_of, seeds_text, shown, title_of
 
 # Okabe and Ito (2008), "Color universal design": told apart with any colour vision; without their yellow, too pale on white.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000"
@@ -181,8 +181,9 @@ def granularity_figure(table: pd.DataFrame) -> Figure:
     panels[0].plot([], [], "o-", color="0.3", label="on the unit")
     panels[0].plot([], [], "o--", color="0.3", mfc="white", label="on the whole target")
     _legend(figure, panels[0])
-    held_out = ", compounds held out" if table["split"].iloc[0] == "compounds" else ""
-    figure.suptitle(f"Accuracy by granularity{held_out}, mean ± std over {seeds_text(table)}", fontsize=11)
+    figure.suptitle(
+        f"Accuracy by granularity{OF_SPLIT[table['split'].iloc[0]]}, mean ± std over {seeds_text(table)}", fontsize=11
+    )
     return figure
 
 
@@ -228,9 +229,10 @@ def difference_figure(part: pd.DataFrame) -> Figure:
     for panel in panels[len(groups) :]:
         panel.set_axis_off()
     split, granularity = part["split"].iloc[0], part["granularity"].iloc[0]
-    held_out = ", compounds held out" if split == "compounds" else ""
     figure.supxlabel("difference in accuracy (points)", fontsize=9)
-    title = f"Paired differences{held_out}, adapted per {granularity}: mean over {seeds_text(part)}, 95 % interval over wells"
+    title = (
+        f"Paired differences{OF_SPLIT[split]}, adapted per {granularity}: mean over {seeds_text(part)}, 95 % interval over wells"
+    )
     figure.suptitle(title, fontsize=10)
     return figure
 

@@ -1,15 +1,15 @@
 """The tables of a report: what is read, and the same numbers unrounded."""
 
 from dataclasses import dataclass, replace
-from typing import cast, get_args
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 
-from coda_ray.config import Granularity, Split
+from coda_ray.config import Granularity
 from coda_ray.tracking.published import Cells, published_cells
 from coda_ray.tracking.records import FEATURE_SCORES, SCORES
-from coda_ray.tracking.table import CELL, cell_text, grid, matrices, seeds_text, shown, title_of
+from coda_ray.tracking.table import CELL, OF_SPLIT, cell_text, grid, matrices, seeds_text, shown, title_of
 
 # Of the paper: which methods stand side by side.
 AUTOENCODERS = {
@@ -24,7 +24,6 @@ SCORE_NAMES = {
     "kbet": "batches mix (kBET)",
     "silhouette_batch": "batches mix (silhouette)",
 }
-OF_SPLIT: dict[Split, str] = {"plate": "", "compounds": ", compounds held out"}
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def difference_tables(differences: pd.DataFrame) -> list[Table]:
             ]
             for row in part.to_dict("records")
         ]
-        title = f"Differences in accuracy (points){OF_SPLIT[cast(Split, split)]}, adapted per {granularity}"
+        title = f"Differences in accuracy (points){OF_SPLIT[str(split)]}, adapted per {granularity}"
         header = ["difference", "target", "points", "95 % interval", "images", "wells", "seeds"]
         tables.append(
             Table(f"differences-table-{granularity}{_suffix(str(split))}", title, header, rows, part.reset_index(drop=True))

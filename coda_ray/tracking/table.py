@@ -16,6 +16,8 @@ from coda_ray.tracking.records import SCORES, read_records, transfers_frame
 
 MATRIX_COLUMNS = ("metric", "split", "granularity", "source", "target", "method", "mean", "std", "n_seeds")
 CELL = ["source", "target", "method"]
+# What titles say of a split.
+OF_SPLIT: dict[str, str] = {"plate": "", "compounds": ", compounds held out"}
 TITLES = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
@@ -187,8 +189,7 @@ def seeds_text(tidy: pd.DataFrame) -> str:
 def title_of(tidy: pd.DataFrame) -> str:
     """Title of a matrix: metric, granularity, seeds."""
     metric, split, granularity = (tidy[name].iloc[0] for name in ("metric", "split", "granularity"))
-    held_out = ", compounds held out" if split == "compounds" else ""
-    return f"{TITLES[metric]} (%){held_out}, adapted per {granularity}, mean ± std over {seeds_text(tidy)}"
+    return f"{TITLES[metric]} (%){OF_SPLIT[split]}, adapted per {granularity}, mean ± std over {seeds_text(tidy)}"
 
 
 def matrices(tidy: pd.DataFrame, metric: str) -> list[pd.DataFrame]:
@@ -256,10 +257,12 @@ def rows_that_count(transfers: pd.DataFrame, granularity: Granularity) -> pd.Dat
     if granularity == "source":
         return transfers[diagonal | (~within & whole)]
     of_unit = ~within & (transfers["granularity"] == granularity) & (transfers["scope"] == "adapted")
-    n_units = transfers[of_unit].groupby("target")["unit"].nunique()
+    # By seed, because each may have drawn a unit of its own; the unadapted model is scored on every unit that was asked for.
+    wanted = transfers[of_unit].groupby(["source", "target", "seed"])["unit"].nunique()
     per_unit = transfers[of_unit & ~unadapted]
     have = per_unit.groupby([*CELL, "seed"])["unit"].transform("nunique")
-    complete = per_unit[have == per_unit["target"].map(n_units)]
+    asked = wanted.reindex(pd.MultiIndex.from_frame(per_unit[["source", "target", "seed"]]))
+    complete: pd.DataFrame = per_unit[have.to_numpy() == asked.to_numpy()]
     return pd.concat([transfers[diagonal | (~within & whole & unadapted)], complete])
 
 

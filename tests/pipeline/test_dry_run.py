@@ -157,6 +157,9 @@ def test_a_store_that_is_there_is_counted_as_the_real_plan_counts_it(tmp_path):
     stages = stages_of(transfer for request in requests for transfer in plan(config, request))
     assert found.stages["title"].tolist() == [stage.title for stage in stages]
     assert not found.stages["planned"].any()
+    titles = found.stages.set_index("number")["title"]
+    needed = {row["title"]: [titles[number] for number in row["needs"]] for row in found.stages.to_dict("records")}
+    assert needed == {stage.title: [need.title for need in stage.needs] for stage in stages}
     for stage, got in zip(stages, found.stages.to_dict("records"), strict=True):
         if stage.kind != "evaluate":
             loop, run = stage.make(open_place(config.results), None)
@@ -246,7 +249,7 @@ def test_what_cannot_be_planned_is_told_with_its_remedy(tmp_path, jump_metadata)
 
 def test_the_job_prints_the_plan_without_ray_and_writes_nothing(tmp_path, capsys):
     config = small_config(
-        tmp_path, estimate={"dino_per_s": 5.0}, matrix={"sources": ["a"], "targets": ["b"], "methods": ["supervised", "coda"]}
+        tmp_path, estimate={"dino_per_s": 0.55}, matrix={"sources": ["a"], "targets": ["b"], "methods": ["supervised", "coda"]}
     )
     for source in ("a", "b"):
         write_tiles(config, source, batches=3)
@@ -258,7 +261,10 @@ def test_the_job_prints_the_plan_without_ray_and_writes_nothing(tmp_path, capsys
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "pretrain dino-cb on a, seed 0" in done.stdout
-    assert "dino: 5 samples/s per GPU (assumed, estimate.dino_per_s)" in done.stdout
+    assert f"tiles: {config.tiles.address}" in done.stdout
+    assert f"results: {config.results.address}" in done.stdout
+    assert "ab2p0" in done.stdout  # the source's held-out plate
+    assert "dino: 0.55 samples/s per GPU (assumed, estimate.dino_per_s)" in done.stdout
     assert "GPU h –: no rate is known" in done.stdout
     assert not (tmp_path / "results").exists()
     with pytest.raises(SystemExit) as end:

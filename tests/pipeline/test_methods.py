@@ -1,11 +1,13 @@
 """Every method of the matrix on a small tile store: what it makes, from what, and what it must never touch."""
 
 import io
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,16 +19,22 @@ from coda_ray.learn.ttt import TttRecipe, adapt_each
 from coda_ray.learn.views import evaluation_view
 from coda_ray.learn.vit import tokens
 from coda_ray.pipeline import data, networks
+from coda_ray.pipeline.dry_run import survey
 from coda_ray.pipeline.evaluate import embeddings_of, predictions_of
 from coda_ray.pipeline.matrix import run_transfers
 from coda_ray.pipeline.moments import moments_of_tiles
+from coda_ray.pipeline.task import run_missing
 from coda_ray.pipeline.train_stages import load_model, stage_tensors
 from coda_ray.pipeline.transfer import Request, plan, score, stages_of, unadapted
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import COMPOUND, LABEL, read_tiles
+from coda_ray.tracking.records import transfers_frame
 from synthetic import small_config, write_tiles
 
+ROOT = Path(__file__).resolve().parents[2]
 METHODS = get_args(Method)
+# Methods that can leave compounds out of all that they fit.
+HOLDING_OUT = [method for method in METHODS if method != "harmony"]
 # Per-source DMSO tiles of the synthetic store: too few for its 16 features, hence the regularisation.
 BASELINES = {"sphering_epsilon": 0.5}
 
@@ -187,9 +195,22 @@ def test_adaptation_leaves_classifier_and_projector_as_they_are(finished, method
     assert all(name.startswith("extractor.") for name in moved)
 
 
+def noisy(load):
+    """Load tiles, those of the target with labels that are noise."""
+
+    def loaded(config, source):
+        index = load(config, source)
+        rng = np.random.default_rng(0)
+        shuffled = {LABEL: rng.permutation(index.frame[LABEL])} if source == "b" else {}
+        return type(index)(index.frame.assign(**shuffled), index.folder, index.channels)
+
+    return loaded
+
+
 @pytest.mark.parametrize("method", ["oda", "coda", "oda-mae", "tent"])
-def test_no_source_tile_is_read_while_adapting(finished, method, tmp_path):
+def test_no_source_tile_and_no_label_of_the_target_is_read_while_adapting(finished, method, tmp_path, monkeypatch):
     config, _ = finished
+    monkeypatch.setattr(data, "load_tiles", noisy(data.load_tiles))
     copies = {name: {"address": str(tmp_path / name)} for name in ("tiles", "results")}
     for name in copies:
         shutil.copytree(getattr(config, name).address, tmp_path / name)
@@ -207,22 +228,15 @@ def test_no_source_tile_is_read_while_adapting(finished, method, tmp_path):
 
 def test_noise_for_the_targets_labels_changes_no_stage_but_the_profiles(finished, monkeypatch):
     config, _ = finished
-    requests = [Request("a", "b", m, "source", 0, split) for m in METHODS for split in ("plate", "compounds")]
+    requests = [Request("a", "b", m, "source", 0) for m in METHODS]
+    requests += [Request("a", "b", m, "source", 0, "compounds") for m in HOLDING_OUT]
 
     def keys():
         transfers = [transfer for request in requests for transfer in plan(config, request)]
         return {stage.key for stage in stages_of(transfers) if stage.kind != "profile"}, {t.key for t in transfers}
 
-    true = data.load_tiles
     stages, transfers = keys()
-
-    def noisy(config, source):
-        index = true(config, source)
-        rng = np.random.default_rng(0)
-        shuffled = {LABEL: rng.permutation(index.frame[LABEL])} if source == "b" else {}
-        return type(index)(index.frame.assign(**shuffled), index.folder, index.channels)
-
-    monkeypatch.setattr(data, "load_tiles", noisy)
+    monkeypatch.setattr(data, "load_tiles", noisy(data.load_tiles))
     with_noise, scored_otherwise = keys()
     assert with_noise == stages
     assert scored_otherwise.isdisjoint(transfers)
@@ -251,6 +265,29 @@ def test_profiles_are_the_means_of_wells(finished):
     assert row["ilisi"] is None
 
 
+@pytest.mark.filterwarnings("ignore:The 'mode.copy_on_write' option is deprecated")
+def test_profiles_are_read_by_pycytominer_and_anndata_as_the_docs_say(finished, tmp_path, monkeypatch):
+    plain, _ = finished
+    config = plain.model_copy(update={"evaluate": plain.evaluate.model_copy(update={"profiles": True})})
+    stage = planned(config, "coda")[-1].profile
+    stage.run(config, None)
+    shutil.copy(Path(config.results.address, stage.path, "profiles.parquet"), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "results.md").read_text(), re.DOTALL)
+    found: dict[str, object] = {}
+    exec(code, found)  # noqa: S102
+    wells = pd.read_parquet("profiles.parquet")
+    features = [name for name in wells if name.startswith("feature_")]
+    controls = wells.loc[wells["Metadata_Control"] == "negcon", features].to_numpy(np.float64)
+    scaled = (wells[features] - controls.mean(0)) / controls.std(0)
+    np.testing.assert_allclose(found["by_dmso"][features], scaled, rtol=1e-3, atol=1e-3)
+    medians = scaled.groupby(wells[COMPOUND]).median()
+    np.testing.assert_allclose(found["by_compound"].set_index(COMPOUND)[features], medians, rtol=1e-3, atol=1e-3)
+    stored = anndata.read_h5ad("profiles.h5ad")
+    np.testing.assert_array_equal(stored.X, wells[features].to_numpy())
+    assert stored.obs["Metadata_Well"].tolist() == wells["Metadata_Well"].tolist()
+
+
 def test_held_out_compounds_are_scored_and_nowhere_else(ray_cluster, tmp_path):
     config = world(tmp_path, split="compounds")
     held = data.held_out_compounds(config, "a")
@@ -273,6 +310,124 @@ def test_held_out_compounds_are_scored_and_nowhere_else(ray_cluster, tmp_path):
     assert keys.isdisjoint({stage.key for request in of_plates for stage in stages_of(plan(config, request))})
 
 
+def test_held_out_compounds_of_the_target_are_in_nothing_that_is_fitted(finished, monkeypatch):
+    config, _ = finished
+    requests = [Request("a", "b", method, "source", 0, "compounds") for method in HOLDING_OUT]
+
+    def fitted():
+        stages = stages_of(transfer for request in requests for transfer in plan(config, request))
+        return {stage.key for stage in stages if stage.kind in ("pretrain", "classify", "adapt", "moments")}
+
+    before, true = fitted(), data.load_tiles
+    held = data.held_out_compounds(config.model_copy(update={"split": "compounds"}), "a")
+
+    def without(config, source):
+        index = true(config, source)
+        return index.where(~index.frame[COMPOUND].isin(held)) if source == "b" else index
+
+    monkeypatch.setattr(data, "load_tiles", without)
+    assert held
+    assert fitted() == before
+
+
+def test_harmony_cannot_hold_compounds_out(tmp_path):
+    config = world(tmp_path)
+    with pytest.raises(ConfigError, match=r"method harmony with split compounds.*leave the method out there"):
+        plan(config, Request("a", "b", "harmony", "source", 0, "compounds"))
+
+
+def test_features_of_held_out_compounds_are_measured_beside_the_controls_alone(tmp_path):
+    config = world(tmp_path, split="compounds", evaluate={"profiles": True})
+    index = data.unseen(config, "a", data.load_tiles(config, "b"))
+    assert set(index.frame[COMPOUND]) == {*data.held_out_compounds(config, "a"), "DMSO"}
+    whole = plan(config, Request("a", "b", "coda", "source", 0, "compounds"))[-1]
+    assert whole.profile.inputs["tiles"] == index.fingerprint
+
+
+def test_the_dry_run_counts_every_method_that_is_finished(finished):
+    config, _ = finished
+    found = survey(config, [Request("a", "b", method, "source", 0) for method in METHODS])
+    assert found.stages["finished"].all()
+    assert found.stages["gpu_hours"].notna().all()
+    stages = stages_of(planned(config, "standardise"))
+    moments = [stage for stage in stages if stage.kind == "moments"]
+    told = found.stages.set_index("title")["bytes"]
+    assert len(moments) == 2
+    for stage in moments:
+        written = Path(config.results.address, stage.path, "sums.safetensors").stat().st_size
+        assert 0 < written - told[stage.title] < 4096
+
+
+def test_a_single_well_has_a_score_without_an_interval_and_nothing_that_was_read_has_none(finished):
+    config, _ = finished
+    whole = planned(config, "dual-cb")[0]
+    results, frame = open_place(config.results), whole.index.frame
+    one = whole.index.where((frame["Metadata_Plate"] == frame["Metadata_Plate"].iloc[0]) & (frame["Metadata_Well"] == "A00"))
+    unread = type(one)(one.frame.assign(Metadata_Site="9"), one.folder, one.channels)
+    (record,) = score(config, results, [replace(whole, index=unread), replace(whole, index=one)])
+    assert (record["n_wells"], record["n_images"]) == (1, 2)
+    assert 0 <= record["accuracy"] <= 1
+    assert record["accuracy_low"] is None
+    assert record["accuracy_high"] is None
+    table = transfers_frame([record])
+    assert table[["accuracy_low", "accuracy_high"]].isna().all(axis=None)
+
+
+ABLATIONS = {
+    "views": {"kind": "resized"},
+    "dino": {"pairs": "plate", "extractor": "student", "drop_path": 0.4},
+    "adapt": {"lr_end": 1e-3, "lr_start": 1e-3, "warmup": 0},
+}
+
+
+@pytest.mark.parametrize(("section", "field"), [(section, field) for section, fields in ABLATIONS.items() for field in fields])
+def test_every_ablation_gives_other_predictions_a_key_of_their_own(tmp_path, section, field):
+    plain = world(tmp_path)
+    settings = plain.model_dump()
+    settings[section][field] = ABLATIONS[section][field]
+    other = Config.model_validate(settings)
+    keys = [plan(config, Request("a", "b", "coda", "source", 0))[-1].evaluation.key for config in (plain, other)]
+    assert keys[0] != keys[1]
+
+
+def test_ablations_do_what_they_say(ray_cluster, tmp_path):
+    config = world(tmp_path, **ABLATIONS)
+    transfer = plan(config, Request("a", "b", "coda", "source", 0))[-1]
+    trained, classifier = transfer.trained, transfer.evaluation.needs[0]
+    for stage in stages_of([transfer]):
+        if stage.kind in ("pretrain", "classify", "adapt"):
+            stage.run(config, None)
+    work = trained.make(open_place(config.results), None)[1].build()
+    assert work.objective.recipe.kind == "resized"
+    anchors, partners = work.source.plan.rows(np.arange(200))
+    frame = data.adaptation_tiles(config, "a", "b", "source", "b").pool.frame
+    plates, batches = (frame[f"Metadata_{name}"].to_numpy() for name in ("Plate", "Batch"))
+    assert (plates[anchors] != plates[partners]).all()
+    assert set(batches[anchors] == batches[partners]) == {True, False}
+    dropped = [getattr(block.drop_path1, "drop_prob", 0.0) for block in work.objective.student.backbone.blocks]
+    assert max(dropped) == pytest.approx(0.4)
+    # The teacher has the same blocks, and never drops one.
+    assert not any(module.training for module in work.objective.teacher.modules())
+    history = pd.read_parquet(Path(config.results.address, trained.path, "history.parquet"))
+    assert history["lr"].tolist() == [pytest.approx(1e-3)] * 4
+    tensors, model = stage_tensors(config, trained), load_model(config, classifier, trained, 2)
+    for name, value in model.extractor.state_dict().items():
+        assert torch.equal(value, tensors[f"student.{name}"])
+    assert any(not torch.equal(tensors[f"student.{name}"], tensors[f"teacher.{name}"]) for name in model.extractor.state_dict())
+
+
+def test_a_stage_of_one_process_waits_for_no_gpu_and_no_group(finished, tmp_path):
+    config, _ = finished
+    settings = {**config.model_dump(mode="json"), "results": {"address": str(tmp_path / "results")}}
+    shutil.copytree(config.results.address, tmp_path / "results")
+    elsewhere = Config.model_validate({**settings, "train": {**settings["train"], "gpus_per_worker": 1, "workers": "2"}})
+    stage = planned(elsewhere, "probe")[-1].evaluation
+    shutil.rmtree(tmp_path / "results" / stage.path)
+    # No node has a GPU: it would wait for ever.
+    run_missing([stage], elsewhere)
+    assert stage.facts(open_place(elsewhere.results))["tiles"] == 56
+
+
 def test_sphering_without_controls_is_told(finished, tmp_path, monkeypatch):
     config, _ = finished
     stage = planned(config, "sphering")[-1].evaluation
@@ -281,7 +436,7 @@ def test_sphering_without_controls_is_told(finished, tmp_path, monkeypatch):
     without = embeddings_of(config, stage.needs[1]).assign(Metadata_Control=None)
     monkeypatch.setattr(correct, "embeddings_of", lambda config, stage: without)
     elsewhere = Config.model_validate({**config.model_dump(mode="json"), "results": {"address": str(tmp_path)}})
-    with pytest.raises(ConfigError, match=r"no tile has Metadata_Control = negcon.*leave the method out"):
+    with pytest.raises(ConfigError, match=r"no tile of it has Metadata_Control = negcon.*leave the method out"):
         stage.run(elsewhere, None)
 
 

@@ -13,6 +13,7 @@ from coda_ray.config import Config, ConfigError
 from coda_ray.jump.prepare import preparation_of
 from coda_ray.pipeline import data
 from coda_ray.pipeline.data import DataError
+from coda_ray.pipeline.dry_run import survey
 from coda_ray.pipeline.evaluate import evaluate, predictions_of
 from coda_ray.pipeline.matrix import StagesFailedError, requests_of, run_transfers
 from coda_ray.pipeline.train_stages import adapt, pretrain, stage_tensors
@@ -78,6 +79,10 @@ def test_one_unit_is_named_or_drawn_by_the_seed(finished):
     assert all(len(units) == 1 for units in drawn)
     with pytest.raises(DataError, match=r"adapt.unit = 'b9': b has no such batch; it has b0, b1"):
         chosen("b9")
+    # The whole of a target has no units to choose from.
+    only = config.model_copy(update={"adapt": config.adapt.model_copy(update={"unit": "b1"})})
+    whole = Request("a", "b", "coda", "source", 0)
+    assert [t.key for t in plan(only, whole)] == [t.key for t in plan(config, whole)]
 
 
 def test_scores_are_those_of_the_stored_predictions(finished):
@@ -170,8 +175,37 @@ def test_a_compound_without_partner_is_told_before_anything_runs(tmp_path):
     with pytest.raises(DataError, match=r"to b source b.*14 of 14 tiles have no partner.*7 compound\(s\).*no-partner same-image"):
         plan(config, Request("a", "b", "coda", "source", 0))
     alone = small_config(tmp_path, adapt={"no_partner": "same-image"})
-    assert plan(alone, Request("a", "b", "coda", "source", 0))
+    transfers = plan(alone, Request("a", "b", "coda", "source", 0))
+    (told,) = {stage.note for stage in stages_of(transfers) if stage.note}
+    assert told.endswith("each is its own partner")
+    assert survey(alone, [Request("a", "b", "coda", "source", 0)]).warnings == (told,)
     assert plan(config, Request("a", "b", "oda", "source", 0))
+
+
+def test_the_remedies_for_lonely_tiles_are_those_that_help(tmp_path):
+    config = small_config(tmp_path)
+    write_tiles(config, "a", batches=2)
+    write_tiles(config, "b", batches=1, plates_per_batch=2)
+    coda = Request("a", "b", "coda", "source", 0)
+
+    def remedies(config, request=coda):
+        with pytest.raises(DataError) as error:
+            plan(config, request)
+        return str(error.value).partition("remedies: ")[2]
+
+    of_plates = "--adapt.dino.pairs plate (partners from other plates of the same batch)"
+    same, oda = "--adapt.no-partner same-image (views of one image)", "or method oda"
+    # The source has one batch left when its held-out plate is gone, and one plate.
+    assert remedies(config) == f"{same}, {oda}"
+    write_tiles(config, "a", batches=3)
+    data.forget()
+    assert remedies(config) == f"{same}, {of_plates}, {oda}"
+    paired = small_config(tmp_path, adapt={"dino": {"pairs": "plate"}})
+    adapted = plan(paired, coda)[-1].trained
+    assert adapted.needs == plan(small_config(tmp_path, adapt={"no_partner": "same-image"}), coda)[-1].trained.needs
+    unit = small_config(tmp_path, adapt={"partner_pool": "unit"})
+    whole = "--adapt.partner-pool source (partners from the whole target)"
+    assert remedies(unit, Request("a", "b", "coda", "plate", 0)) == f"{same}, {whole}, {oda}"
 
 
 def test_partners_come_from_the_whole_target_or_the_unit(tmp_path):

@@ -108,11 +108,27 @@ def test_units_are_weighted_by_images_and_wells_and_taken_after_adaptation(make_
 
 
 def test_a_seed_that_lacks_a_unit_does_not_count(make_transfer):
-    rows = per_unit(make_transfer, "coda", 0, "batch", {"b1": (1, 1, 0.6, 0), "b2": (1, 1, 0.2, 0)})
+    units = {"b1": (1, 1, 0.6, 0), "b2": (1, 1, 0.2, 0)}
+    rows = per_unit(make_transfer, "coda", 0, "batch", units)
     rows += per_unit(make_transfer, "coda", 1, "batch", {"b1": (1, 1, 0.9, 0)})
+    # The unadapted model is scored on every unit, whatever becomes of the adaptations.
+    rows += per_unit(make_transfer, "dual-cb", 0, "batch", units) + per_unit(make_transfer, "dual-cb", 1, "batch", units)
     found = row(matrix_table(transfers_frame(rows), "accuracy", "batch"), "A", "B", "coda")
     assert found["n_seeds"] == 1
     assert found["mean"] == pytest.approx(0.4)
+
+
+def test_every_seed_may_have_drawn_a_unit_of_its_own(make_transfer):
+    rows = []
+    for seed, (unit, score) in enumerate([("b1", 0.6), ("b2", 0.2), ("b1", 0.4)]):
+        for method in ("dual-cb", "coda"):
+            rows += per_unit(make_transfer, method, seed, "batch", {unit: (1, 1, score, 0)})
+    matrix = job_matrix(transfers_frame(rows), {"transfers": [r["key"] for r in rows]})
+    (of_batch,) = matrices(matrix, "accuracy")
+    found = row(of_batch, "A", "B", "coda")
+    assert found["n_seeds"] == 3
+    assert found["mean"] == pytest.approx(0.4)
+    assert found["std"] == pytest.approx(0.2)
 
 
 def test_results_of_two_configurations_are_not_mixed(make_transfer):

@@ -25,7 +25,7 @@ from coda_ray.storage import Folder, StoredFile, open_place
 from coda_ray.tracking.records import READS_AT_A_TIME
 
 log = logging.getLogger(__name__)
-# A plate with images in more folders is looked at from the folder above them all.
+# A plate with images in more folders is looked at from the folder above them all, where that is its own.
 MOST_FOLDERS = 8
 # Parsed image lists, of about 1 MB each, that are kept from one look to the next.
 LISTS_KEPT = 64
@@ -70,15 +70,14 @@ class _Images:
     sites: int
     files: Mapping[Folder, Sequence[str]]
 
-    @property
-    def folders(self) -> tuple[Folder, ...]:
-        """Folders that are listed to find the images."""
-        if len(self.files) <= MOST_FOLDERS:
-            return tuple(self.files)
-        above: dict[bool, list[Folder]] = defaultdict(list)
-        for folder in self.files:
-            above[folder.is_local].append(folder)
-        return tuple(Folder(found[0].fs, posixpath.commonpath([one.root for one in found])) for found in above.values())
+    def folders(self, plate: PlateName) -> tuple[Folder, ...]:
+        """Folders that are listed to find the images of a plate; never one that holds other plates too."""
+        found = tuple(self.files)
+        shared = posixpath.commonprefix([folder.root.split("/") for folder in found])
+        in_one_place = len({folder.is_local for folder in found}) == 1
+        if len(found) <= MOST_FOLDERS or not in_one_place or not any(part.startswith(plate.plate) for part in shared):
+            return found
+        return (Folder(found[0].fs, "/".join(shared)),)
 
 
 class Arrivals:
@@ -217,7 +216,7 @@ class Arrivals:
                 if isinstance(images, str):
                     yield Waiting(plate, images)
                 else:
-                    groups[images.folders].append((plate, plates[plate], images))
+                    groups[images.folders(plate)].append((plate, plates[plate], images))
             for judged in pool.map(self._judge_group, groups, groups.values()):
                 yield from judged
 
@@ -225,7 +224,10 @@ class Arrivals:
         self, folders: tuple[Folder, ...], plates: Sequence[tuple[PlateName, StoredFile, _Images]]
     ) -> list[Arrival | Waiting]:
         """Judge plates whose images are in the same folders."""
-        there = {folder.path(file.path): file for folder in folders for file in folder.files()}
+        try:
+            there = {folder.path(file.path): file for folder in folders for file in folder.files()}
+        except (OSError, ValueError) as error:  # these alone: the bucket was listed
+            return [Waiting(plate, f"its images cannot be listed: {error}") for plate, _, _ in plates]
         return [self._judge_plate(plate, file, images, there) for plate, file, images in plates]
 
     def _judge_plate(

@@ -1,3 +1,4 @@
+import gzip
 import json
 import shutil
 import time
@@ -26,6 +27,12 @@ C = [name for name in PLATES if name.source == "sim_c"]
 WELLS = draw_wells(TINY)
 CHANNELS = ("DNA", "ER", "RNA", "AGP", "Mito")
 WANTED = 3 * len(WELLS)
+
+
+def spoiled():
+    """A compressed list whose blocks are no blocks."""
+    whole = gzip.compress(b"Metadata_Well,Metadata_Site\nA01,1\n" * 50)
+    return whole[:10] + bytes(byte ^ 255 for byte in whole[10:-8]) + whole[-8:]
 
 
 class Bucket:
@@ -273,6 +280,65 @@ def test_images_in_many_folders_are_found_from_the_one_above(bucket, clock):
     bucket.files.write(target, ("Metadata_Well,Metadata_Site,URL_OrigDNA\n" + "".join(rows)).encode())
     (arrival,) = arrivals_of(bucket, clock).look(set())[0]
     assert (arrival.sites, arrival.missing) == (12, 0)
+
+
+def listing(bucket, plate, addresses):
+    """Write an image list that names these images, site by site."""
+    target = f"cpg0016-jump/{plate.source}/workspace/load_data_csv/{plate.batch}/{plate.plate}/load_data_with_illum.csv"
+    rows = "".join(f"A01,{site},{address}\n" for site, address in enumerate(addresses))
+    bucket.files.write(target, f"Metadata_Well,Metadata_Site,URL_OrigDNA\n{rows}".encode())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [bytes(200_000), gzip.compress(b"Metadata_Well,Metadata_Site\nA01,1\n" * 50)[:-20], spoiled(), b"PAR1" + bytes(99)],
+    ids=["zero bytes", "cut gzip", "corrupted gzip", "broken parquet"],
+)
+def test_a_damaged_list_holds_up_its_own_plate_alone(bucket, clock, content):
+    bucket.send(C[0])
+    path = f"cpg0016-jump/sim_b/workspace/load_data_csv/{B[0].batch}/{B[0].plate}/load_data_with_illum.csv.gz"
+    bucket.files.write(path, content)
+    arrived, (waiting,) = arrivals_of(bucket, clock).look(set())
+    assert plates_of(arrived) == [C[0]]
+    assert waiting.plate == B[0]
+    assert f"{path}: not an image list" in waiting.reason
+
+
+def test_a_folder_that_may_not_be_read_holds_up_its_own_plates_alone(bucket, clock, monkeypatch):
+    for plate in (B[0], C[0]):
+        bucket.send(plate)
+    refused, files = open_place(Place(address=str(bucket.folder / PLATES[B[0]].images))).root, storage.Folder.files
+
+    def refusing(self, relative=""):
+        if self.path(relative) == refused:
+            raise PermissionError("Access Denied")
+        return files(self, relative)
+
+    monkeypatch.setattr(storage.Folder, "files", refusing)
+    arrived, waiting = arrivals_of(bucket, clock).look(set())
+    assert plates_of(arrived) == [C[0]]
+    assert waiting == [Waiting(B[0], "its images cannot be listed: Access Denied")]
+
+
+def test_of_images_in_many_folders_nothing_is_listed_that_holds_other_plates(bucket, clock, tmp_path, monkeypatch):
+    bucket.send(C[0])
+    scattered = [f"cpg0016-jump/sim_b/site {site}/{B[0].plate}/x.tif" for site in range(12)]
+    for path in scattered:
+        bucket.files.write(path, b"x")
+    listing(bucket, B[0], [*scattered, "https://elsewhere/x.tif"])
+    elsewhere = [tmp_path / "elsewhere" / str(site) / "x.tif" for site in range(12)]
+    for path in elsewhere:
+        open_place(Place(address=str(path.parent))).write("x.tif", b"x")
+    listing(bucket, B[1], elsewhere)
+    listed, files = [], storage.Folder.files
+    monkeypatch.setattr(storage.Folder, "files", lambda self, path="": listed.append(self.path(path)) or files(self, path))
+    arrived, waiting = arrivals_of(bucket, clock).look(set())
+    assert set(plates_of(arrived)) == {B[1], C[0]}
+    assert waiting == [Waiting(B[0], "1 of 13 images are not there")]
+    own = {str(path.parent) for path in elsewhere} | {str((bucket.folder / path).parent) for path in scattered}
+    assert own <= set(listed)
+    above = ["", "/", bucket.folder, bucket.folder / "cpg0016-jump" / "sim_b", tmp_path, tmp_path / "elsewhere"]
+    assert not set(map(str, above)) & set(listed)
 
 
 def record(bucket, key, name="ObjectCreated:Put"):

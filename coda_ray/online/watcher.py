@@ -92,7 +92,10 @@ class Watcher:
         self.arrivals = Arrivals(config, clock)
         self.meter = DriftMeter(config, models.export(models.source).model, progress)
         self.failed = 0
-        self._waiting: dict[PlateName, str] = {}
+        # What was said of a plate or a unit last.
+        self._told: dict[PlateName | Choice, str] = {}
+        # Units of which a plate of this look could not be told how far it is.
+        self._damaged: set[Choice] = set()
         # Entries that the table shows; what a watcher before this one left, it may not have shown.
         self._tabulated = 0
         self._tables: Tables | None = None
@@ -116,6 +119,7 @@ class Watcher:
         self.lease.check()
         self.tracker.try_again()
         self._tables = None
+        self._damaged.clear()
         # An entry whose answer was lost may have been written.
         self.ledger.refresh()
         before = len(self.ledger.entries)
@@ -140,7 +144,7 @@ class Watcher:
         for arrival in arrived:
             self._note(arrival.plate, "arrived", sites=arrival.sites, missing=arrival.missing)
         for one in waiting:
-            self._wait(one.plate, one.reason)
+            self._tell(one.plate, "/".join(one.plate), f"waiting: {one.reason}")
 
     def _due(self, state: str) -> list[Journey]:
         """List the plates in a state that may be tried now, in the order of arrival."""
@@ -166,11 +170,11 @@ class Watcher:
         told = ", ".join(f"{name} {_short(value)}" for name, value in facts.items() if isinstance(value, int | float | str))
         self.say(f"{'/'.join(plate)}: {state}{f': {told}' if told else ''}")
 
-    def _wait(self, plate: PlateName, reason: str) -> None:
-        """Say once why a plate waits."""
-        if self._waiting.get(plate) != reason:
-            self.say(f"{'/'.join(plate)}: waiting: {reason}")
-            self._waiting[plate] = reason
+    def _tell(self, about: PlateName | Choice, name: str, text: str) -> None:
+        """Say something of a plate or a unit, once."""
+        if self._told.get(about) != text:
+            self.say(f"{name}: {text}")
+            self._told[about] = text
 
     def _fail(self, journey: Journey, step: str, error: Exception) -> None:
         """Note a failed try, and set the plate aside after the last.
@@ -333,7 +337,8 @@ class Watcher:
         batch = complete_batch(self._metadata(), plate.source, plate.batch, self.config.ingest.plate_types)
         missing = [name.plate for name in batch if name not in found or found[name].state in ("arrived", "ingested")]
         if missing:
-            self._wait(plate, f"its batch lacks {len(missing)} of {len(batch)} plates: {', '.join(missing[:5])}")
+            lacking = f"its batch lacks {len(missing)} of {len(batch)} plates: {', '.join(missing[:5])}"
+            self._tell(plate, "/".join(plate), f"waiting: {lacking}")
             return None
         last = max(found[name].number for name in batch if found[name].state != ASIDE)
         return self.models.adapted_to(plate.source, "batch", plate.batch, self._known_until(plate.source, last))
@@ -361,9 +366,19 @@ class Watcher:
         own = [Choice.of(other.facts["chosen"]) for other in earlier if other.state not in ("checked", ASIDE)]
         known = dict.fromkeys([*by_others, *(choice for choice in own if choice.plates)])
         for choice in filter(self.models.has, known):
-            controls = self.meter.controls(self._plates_of(choice))
+            controls = None if choice in self._damaged else self._controls_of(choice)
             if controls is not None:
                 yield choice, controls
+
+    def _controls_of(self, choice: Choice) -> Controls | None:
+        """Describe the controls of a unit; None where they are too few, or cannot be read: no new plate's fault."""
+        try:
+            return self.meter.controls(self._plates_of(choice))
+        except PLATE_ERRORS as error:
+            self._make_sure_that_storage_answers(error)
+            self._damaged.add(choice)
+            self._tell(choice, choice.text, f"is passed over, because its tiles or features cannot be read: {error}")
+            return None
 
     def _plates_of(self, choice: Choice) -> list[PlateName]:
         """List the plates of a unit that are in the tile store, embedded."""

@@ -219,19 +219,43 @@ def test_the_nearest_model_predicts_and_a_plate_that_is_far_from_all_gets_its_ow
         assert chosen["unit"] in ("sim_a", PLATES[0].name)
 
 
-def test_a_unit_that_another_job_adapted_to_is_known(lab):
-    here = lab(policy="nearest", drift_threshold=1e6)
-    here.deliver(0, 1)
-    ingested = here.config.model_copy(update={"ingest": here.config.ingest.model_copy(update={"sources": ["sim_b"]})})
+def adapted_by_hand(lab, *numbers):
+    """Deliver plates, and adapt to each of them by another job."""
+    lab.deliver(*numbers)
+    ingested = lab.config.model_copy(update={"ingest": lab.config.ingest.model_copy(update={"sources": ["sim_b"]})})
     run_ingest(ingested, lambda _: None)
     data.forget()
     request = Request("sim_a", "sim_b", "coda", "plate", 0)
-    run_transfers(here.config, [request], kind="adapt", name="by hand", command="", say=here.lines.append)
+    run_transfers(lab.config, [request], kind="adapt", name="by hand", command="", say=lab.lines.append)
+
+
+def test_a_unit_that_another_job_adapted_to_is_known(lab):
+    here = lab(policy="nearest", drift_threshold=1e6)
+    adapted_by_hand(here, 0, 1)
     found = here.run()
     # Each plate is a unit itself, at no distance.
     assert [journey.facts["chosen"]["drift_nearest"] for journey in found] == [0.0, 0.0]
     assert [journey.facts["chosen"]["unit"] for journey in found] == [PLATES[0].name, PLATES[1].name]
     assert all(journey.facts["chosen"]["plates"] == [] for journey in found)
+
+
+def test_a_damaged_unit_is_passed_over_and_no_new_plate_is_blamed(lab):
+    here = lab(policy="nearest", drift_threshold=1e6)
+    adapted_by_hand(here, 0)
+    for shard in (here.root / "tiles").rglob(f"{PLATES[0].name}/shard-*.npy"):
+        shard.unlink()
+    shutil.rmtree(here.root / "bucket" / "cpg0016-jump" / "sim_b")
+    here.deliver(1)
+    (first,) = here.run()
+    here.deliver(2)
+    _, second = here.run()
+    for journey in (first, second):
+        assert journey.state == "reported"
+        assert journey.failures == []
+        assert journey.facts["chosen"]["unit"] in ("sim_a", PLATES[1].name)
+    told = [line for line in here.lines if "passed over" in line]
+    assert len(told) == 2
+    assert told[0].startswith(f"sim_b plate {PLATES[0].name}: is passed over, because")
 
 
 def test_a_batch_is_waited_for_and_adapted_to_once(lab):

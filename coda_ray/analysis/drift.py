@@ -48,11 +48,15 @@ class Controls:
         Raises
         ------
         ValueError
-            When there are fewer than `LEAST_IMAGES`.
+            When there are fewer than `LEAST_IMAGES`, or a feature of one is no finite number.
         """
         if len(features) < LEAST_IMAGES:
             raise ValueError(f"{len(features)} DMSO image(s), of which nothing can be said; {LEAST_IMAGES} or more are needed")
         values = np.asarray(features, np.float64)
+        if not np.isfinite(values).all():
+            broken = int((~np.isfinite(values)).any(1).sum())
+            told = f"{broken} of {len(values)} DMSO images have features that are no finite numbers"
+            raise ValueError(f"{told}; look at their tiles, or use another model")
         return cls(values.mean(0), values.std(0, ddof=1), len(values))
 
 

@@ -9,6 +9,7 @@ adaptations that they ask for run side by side.
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,8 +25,8 @@ from coda_ray.jump.tables import CONTROL, NEGATIVE_CONTROL, Tables, read_tables,
 from coda_ray.learn.exported import ModelError
 from coda_ray.online.arrivals import Arrivals, complete_batch
 from coda_ray.online.board import ASIDE, DONE, FAILED, STEP_AFTER, Journey, journeys, plates_table
-from coda_ray.online.lease import Lease
-from coda_ray.online.ledger import Ledger
+from coda_ray.online.lease import Lease, LostLeaseError
+from coda_ray.online.ledger import Ledger, LostLedgerError
 from coda_ray.online.meter import DriftMeter, Progress, plates_of, tiles_of_plate
 from coda_ray.online.serving import Choice, Models, Say, watch_folder
 from coda_ray.pipeline import data
@@ -41,10 +42,13 @@ from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.watch_figures import drift_figure
 from coda_ray.training.checkpoints import DamagedFileError
 
+log = logging.getLogger(__name__)
 KNOWN = "known"
 TABLE, FIGURE = "plates.csv", "drift.png"
-# What speaks of one plate, as long as storage answers.
-PLATE_ERRORS = (ValueError, OSError, IngestError, PredictionError, UnreadableTilesError, ModelError, DamagedFileError, RayError)
+# Somebody else works on the ledger: no plate's fault.
+LOST = (LostLeaseError, LostLedgerError)
+# What may happen to a plate; of anything else the log has the traceback.
+EXPECTED = (ValueError, OSError, IngestError, PredictionError, UnreadableTilesError, ModelError, DamagedFileError, RayError)
 Reached = tuple[str, dict[str, Any]]
 
 
@@ -139,7 +143,7 @@ class Watcher:
         """Note plates that are new."""
         try:
             arrived, waiting = self.arrivals.look(set(journeys(self.ledger.entries)))
-        except (ValueError, EOFError) as error:  # a table that is just being written
+        except ValueError as error:  # a table that is just being written
             raise OSError(f"the metadata cannot be read: {error}") from error
         for arrival in arrived:
             self._note(arrival.plate, "arrived", sites=arrival.sites, missing=arrival.missing)
@@ -157,7 +161,9 @@ class Watcher:
             step = STEP_AFTER[state]
             try:
                 reached: Reached | None = getattr(self, f"_{step}")(journey)
-            except PLATE_ERRORS as error:
+            except LOST:
+                raise
+            except Exception as error:
                 self._fail(journey, step, error)
                 continue
             if reached:
@@ -186,6 +192,8 @@ class Watcher:
         """
         self._make_sure_that_storage_answers(error)
         self.failed += 1
+        if not isinstance(error, EXPECTED):
+            log.error("%s: %s failed", "/".join(journey.plate), step, exc_info=error)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         self._note(journey.plate, FAILED, step=step, reason=reason)
         if isinstance(error, UnfitPlateError) or len(journey.failures) + 1 >= self.settings.tries:
@@ -221,7 +229,10 @@ class Watcher:
         if smallest < self.meter.model.tile_crop:
             raise UnfitPlateError(f"tiles of {smallest} px are smaller than the model's crop of {self.meter.model.tile_crop} px")
         self.meter.embed([index], f"embedding {journey.plate.plate}")
-        own = self.meter.controls([journey.plate])
+        try:
+            own = self.meter.controls([journey.plate])
+        except ValueError as error:
+            raise UnfitPlateError(f"its DMSO images cannot be compared: {error}") from error
         drift = None if own is None else round(self.meter.reference.drift(own), 4)
         images = int((index.frame[CONTROL] == NEGATIVE_CONTROL).sum())
         return "checked", {"wells": len(wells), "expected": len(expected), "controls": images, "drift_source": drift}
@@ -302,7 +313,7 @@ class Watcher:
             indices = [tiles_of_plate(self.config, journey.plate) for journey in due]
             if indices:
                 self.meter.embed(indices, f"embedding {len(indices)} plates")
-        except PLATE_ERRORS as error:
+        except Exception as error:
             if len(due) > 1:
                 self.say(f"plates are embedded one by one, because together: {error}")
 
@@ -374,7 +385,7 @@ class Watcher:
         """Describe the controls of a unit; None where they are too few, or cannot be read: no new plate's fault."""
         try:
             return self.meter.controls(self._plates_of(choice))
-        except PLATE_ERRORS as error:
+        except Exception as error:
             self._make_sure_that_storage_answers(error)
             self._damaged.add(choice)
             self._tell(choice, choice.text, f"is passed over, because its tiles or features cannot be read: {error}")
@@ -417,7 +428,7 @@ class Watcher:
         if self._tables is None:
             try:
                 self._tables = read_tables(open_place(self.config.metadata))
-            except (ValueError, EOFError) as error:
+            except ValueError as error:
                 raise OSError(f"the metadata cannot be read: {error}") from error
         return self._tables
 

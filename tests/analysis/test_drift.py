@@ -90,3 +90,10 @@ def test_constant_features_and_single_plates_are_no_trouble():
         Reference.of([known[0][:1]])
     with pytest.raises(ValueError, match=r"1 DMSO image\(s\)"):
         Controls.of(known[0][:1])
+
+
+def test_features_that_are_no_numbers_are_refused():
+    (plate,) = plates(1)
+    plate[2, 3], plate[4, :2] = np.inf, np.nan
+    with pytest.raises(ValueError, match=r"2 of 60 DMSO images have features that are no finite numbers"):
+        Controls.of(plate)

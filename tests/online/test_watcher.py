@@ -338,6 +338,39 @@ def test_a_plate_of_small_tiles_is_set_aside_and_the_others_are_not(lab):
     assert fine.facts["chosen"]["plates"] == [PLATES[1].name]
 
 
+def test_an_error_that_nobody_thought_of_is_its_plates_alone(lab, monkeypatch, caplog):
+    here = lab(policy="nearest")
+    here.deliver(0, 1)
+    check = Watcher._check
+
+    def failing(self, journey):
+        return {}["nothing"] if journey.plate.plate == PLATES[0].name else check(self, journey)
+
+    monkeypatch.setattr(Watcher, "_check", failing)
+    broken, fine = here.run()
+    assert (broken.state, fine.state) == ("aside", "reported")
+    assert broken.facts["aside"]["reason"] == "KeyError: 'nothing'"
+    (first, _) = [record for record in caplog.records if record.name == "coda_ray.online.watcher"]
+    assert PLATES[0].name in first.message
+    assert first.exc_info[0] is KeyError
+
+
+def test_a_plate_whose_drift_is_no_number_is_set_aside_at_once(lab, monkeypatch):
+    here = lab(policy="nearest")
+    here.deliver(0, 1)
+    features = DriftMeter._features
+
+    def broken(self, plates):
+        found = features(self, plates)
+        return np.full_like(found, np.nan) if PLATES[0].name in [plate.plate for plate in plates] else found
+
+    monkeypatch.setattr(DriftMeter, "_features", broken)
+    odd, fine = here.run()
+    assert (odd.state, fine.state) == ("aside", "reported")
+    assert len(odd.failures) == 1
+    assert "no finite numbers" in odd.facts["aside"]["reason"]
+
+
 def shrunken(content):
     """A field of view of a microscope that reads every second pixel."""
     sink = io.BytesIO()

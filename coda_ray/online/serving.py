@@ -8,7 +8,7 @@ from typing import Any
 from coda_ray.config import Config, ConfigError, Granularity
 from coda_ray.jump.prepare import preparation_of
 from coda_ray.pipeline.matrix import StagesFailedError, run_stages
-from coda_ray.pipeline.models import Export, StoredModel, export_of, stored_models
+from coda_ray.pipeline.models import Export, StoredModel, export_of, read_stage, stored_models
 from coda_ray.pipeline.record import job_record
 from coda_ray.pipeline.stage import Stage, settings_of
 from coda_ray.pipeline.train_stages import adapt
@@ -200,13 +200,16 @@ class Models:
         return float((self._stage(choice).facts(self.results) or {}).get("seconds", 0.0)) if choice.plates else 0.0
 
     def _stage(self, choice: Choice) -> Stage:
-        """Plan the adaptation of a choice again.
+        """Read the adaptation of a choice back, or plan it again where it is not finished.
 
         Raises
         ------
         ConfigError
-            When it would be another one now.
+            When it is not finished, and would be another one now.
         """
+        # Tiles that it knew of may have been prepared anew since.
+        if self.results.exists(f"{choice.stage}/done.json"):
+            return read_stage(self.results, choice.stage)
         stage = self._plan(choice.target, choice.granularity, choice.unit, choice.plates)
         if stage.path != choice.stage:
             raise ConfigError(f"{choice.text}: tiles or settings have changed since this model was chosen, and it cannot be made")

@@ -24,7 +24,7 @@ from coda_ray.online.lease import Lease
 from coda_ray.online.ledger import Ledger
 from coda_ray.online.meter import DriftMeter, plates_of
 from coda_ray.online.service import watch
-from coda_ray.online.serving import Models, watch_folder
+from coda_ray.online.serving import Choice, Models, watch_folder
 from coda_ray.online.watcher import Watcher
 from coda_ray.pipeline import data
 from coda_ray.pipeline.matrix import run_transfers
@@ -369,6 +369,28 @@ def test_a_plate_whose_drift_is_no_number_is_set_aside_at_once(lab, monkeypatch)
     assert (odd.state, fine.state) == ("aside", "reported")
     assert len(odd.failures) == 1
     assert "no finite numbers" in odd.facts["aside"]["reason"]
+
+
+def test_a_finished_model_is_used_though_tiles_that_it_knew_of_were_made_anew(lab):
+    here = lab(policy="plate")
+    here.deliver(0, 1)
+    journeys_before = here.run()
+    (tiles,) = (here.root / "tiles").rglob(f"{PLATES[0].name}/plate.json")
+    shutil.rmtree(tiles.parent)
+    here.deliver(0, spoil=other_microscope)
+    ingested = here.config.model_copy(update={"ingest": here.config.ingest.model_copy(update={"plates": [PLATES[0].name]})})
+    run_ingest(ingested, lambda _: None)
+    data.forget()
+    with here.watcher() as watcher:
+        for journey in journeys_before:
+            choice = Choice.of(journey.facts["chosen"])
+            assert watcher.models.make([choice]) == {}
+            assert watcher.models.export(choice).model.key == journey.facts["predicted"]["model_key"]
+            assert watcher.models.seconds(choice) > 0
+        # One that was not made before the tiles changed would be another model now.
+        (here.root / "results" / choice.stage / "done.json").unlink()
+        (reason,) = watcher.models.make([choice]).values()
+        assert "have changed since this model was chosen" in reason
 
 
 def shrunken(content):

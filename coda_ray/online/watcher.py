@@ -36,7 +36,7 @@ from coda_ray.storage import open_place
 from coda_ray.tiles.store import TileIndex, read_parquet
 from coda_ray.tiles.stream import UnreadableTilesError
 from coda_ray.tracking.figures import figure_png
-from coda_ray.tracking.records import WATCHED
+from coda_ray.tracking.records import watched_path
 from coda_ray.tracking.registry import RegistryError, register
 from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.watch_figures import drift_figure
@@ -299,7 +299,7 @@ class Watcher:
             "tries": len(journey.failures) + 1,
             "adaptation_seconds": self.models.seconds(Choice.of(chosen)),
         }
-        path = f"{WATCHED}/{self.models.key}/{'_'.join(journey.plate)}.json"
+        path = watched_path(self.models.key, journey.plate)
         open_place(self.config.results).write(path, json.dumps(record, indent=1).encode())
         picture = predictions_folder(self.config, predicted["model_key"]).read(f"{'/'.join(journey.plate)}/plate.png")
         self.tracker.plate(record, picture)

@@ -356,7 +356,7 @@ class RunStore:
         Parameters
         ----------
         record
-            As in `watched/<job key>/<source>_<batch>_<plate>.json`.
+            As in `watched/<job key>/<source>/<batch>/<plate>.json`.
         picture
             PNG of the plate's predictions; None where it is gone.
         parent

@@ -8,7 +8,7 @@ import pandas as pd
 
 from coda_ray.storage import Folder, retrying
 from coda_ray.tracking.figures import figure_png, matrix_figures
-from coda_ray.tracking.records import WATCHED, read_history, read_record, read_records, transfers_frame
+from coda_ray.tracking.records import read_history, read_record, read_records, read_watched, transfers_frame
 from coda_ray.tracking.store import REPORT, RunStore
 from coda_ray.tracking.table import job_matrix
 
@@ -68,7 +68,7 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
     stages = [path for path in sorted(stage_job) if path not in on_transfers]
     trials = [record for sweep in results.names("sweeps") for record in read_records(results, f"sweeps/{sweep}")]
     courses = [record for job in results.names("online") for record in read_records(results, f"online/{job}")]
-    plates = [record for job in results.names(WATCHED) for record in read_records(results, f"{WATCHED}/{job}")]
+    plates = read_watched(results)
     done, total = 0, sum(map(len, (jobs, transfers, stages, trials, courses, plates)))
 
     def advance() -> None:

@@ -153,7 +153,7 @@ def test_every_plate_gets_a_model_of_its_own_and_a_broken_one_is_set_aside(lab):
     table = pd.read_csv(here.root / "results" / "watch" / "plates.csv")
     assert table["state"].tolist() == ["reported", "aside", "reported"]
     assert (here.root / "results" / "watch" / "drift.png").read_bytes().startswith(b"\x89PNG")
-    records = sorted((here.root / "results" / "watched").glob("*/*.json"))
+    records = sorted((here.root / "results" / "watched").glob("*/*/*/*.json"))
     assert [json.loads(path.read_text())["number"] for path in records] == [1, 3]
     before = here.predictions()
     assert len(here.run()) == 3

@@ -22,7 +22,7 @@ from coda_ray.storage import Folder
 from coda_ray.tiles.store import content_key
 from coda_ray.tracking.figures import matrix_figures
 from coda_ray.tracking.live import LiveLogger
-from coda_ray.tracking.records import IDENTITY, MEASURES, read_history, read_record, read_records
+from coda_ray.tracking.records import IDENTITY, MEASURES, read_history, read_record, read_records, watched_path
 from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.store import ENVIRONMENT, RunStore, open_client
 from coda_ray.tracking.sync import sync
@@ -373,7 +373,8 @@ def test_plates_of_a_watcher_are_runs_and_points_of_its_curves_once(results, sto
     folder.mkdir()
     (folder / "plate.png").write_bytes(b"PNG")
     for record in (plate_record(1), plate_record(2), plate_record(3, folder=str(folder))):
-        results.write(f"watched/watch1/p{record['number']}.json", json.dumps(record).encode())
+        path = watched_path("watch1", [record[name] for name in ("source", "batch", "plate")])
+        results.write(path, json.dumps(record).encode())
     results.write("jobs/watch1.json", json.dumps(job).encode())
     assert sync(results, store).plates == sync(results, store).plates == 3
     third = next(plate for plate in runs_by_kind(store)["plate"] if plate.data.tags["key"].endswith("p3"))

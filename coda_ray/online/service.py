@@ -15,8 +15,9 @@ from coda_ray.online.lease import Lease
 from coda_ray.online.ledger import Ledger
 from coda_ray.online.meter import Progress
 from coda_ray.online.serving import Models, Say, watch_folder
-from coda_ray.online.watcher import FIGURE, TABLE, Watcher
+from coda_ray.online.watcher import Watcher
 from coda_ray.storage import open_place
+from coda_ray.tracking.records import WATCH_FIGURE, WATCH_TABLE
 from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.store import RunStore
 
@@ -136,7 +137,7 @@ def _summary(watcher: Watcher) -> str:
     found = [journey.state for journey in journeys(watcher.ledger.entries).values()]
     ended = {state: found.count(state) for state in (DONE, ASIDE)}
     waiting = len(found) - sum(ended.values())
-    files = ", ".join(watcher.folder.address(name) for name in (TABLE, FIGURE)) if found else "nothing yet"
+    files = ", ".join(watcher.folder.address(name) for name in (WATCH_TABLE, WATCH_FIGURE)) if found else "nothing yet"
     return f"{len(found)} plates: {ended[DONE]} reported, {ended[ASIDE]} set aside, {waiting} on their way; {files}"
 
 

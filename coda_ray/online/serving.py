@@ -15,6 +15,7 @@ from coda_ray.pipeline.train_stages import adapt
 from coda_ray.pipeline.transfer import Request, model_of, with_needs
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileStore, content_key
+from coda_ray.tracking.records import WATCH
 from coda_ray.tracking.runs import Tracker
 
 Say = Callable[[str], None]
@@ -24,7 +25,7 @@ def watch_folder(config: Config) -> Folder:
     """Open the folder of the ledger, the lease and the report."""
     if config.watch.out:
         return open_place(config.results.model_copy(update={"address": config.watch.out}))
-    return open_place(config.results).child("watch")
+    return open_place(config.results).child(WATCH)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ adaptations that they ask for run side by side.
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -36,7 +36,7 @@ from coda_ray.storage import open_place
 from coda_ray.tiles.store import TileIndex, read_parquet
 from coda_ray.tiles.stream import UnreadableTilesError
 from coda_ray.tracking.figures import figure_png
-from coda_ray.tracking.records import watched_path
+from coda_ray.tracking.records import WATCH_FIGURE, WATCH_TABLE, read_record, watched_path
 from coda_ray.tracking.registry import RegistryError, register
 from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.watch_figures import drift_figure
@@ -44,7 +44,8 @@ from coda_ray.training.checkpoints import DamagedFileError
 
 log = logging.getLogger(__name__)
 KNOWN = "known"
-TABLE, FIGURE = "plates.csv", "drift.png"
+# Plates that are sent to MLflow again after a watcher that was killed: more than one look takes.
+SENT_AGAIN = 100
 # Somebody else works on the ledger: no plate's fault.
 LOST = (LostLeaseError, LostLedgerError)
 # What may happen to a plate; of anything else the log has the traceback.
@@ -104,6 +105,8 @@ class Watcher:
         self._tabulated = 0
         self._tables: Tables | None = None
         self._note_units()
+        if lease.took_over:
+            self._send_again()
 
     def look(self) -> bool:
         """Look at the bucket once, and take every plate as far as it goes.
@@ -289,7 +292,6 @@ class Watcher:
 
     def _report(self, journey: Journey) -> Reached:
         """Keep the record of a plate, and send it with its picture to MLflow."""
-        chosen, predicted = journey.facts["chosen"], journey.facts["predicted"]
         record = {
             "key": f"{self.models.key} {'/'.join(journey.plate)}",
             "job": self.models.key,
@@ -297,13 +299,26 @@ class Watcher:
             **journey.plate._asdict(),
             **{name: value for state in STEP_AFTER for name, value in journey.facts[state].items()},
             "tries": len(journey.failures) + 1,
-            "adaptation_seconds": self.models.seconds(Choice.of(chosen)),
+            "adaptation_seconds": self.models.seconds(Choice.of(journey.facts["chosen"])),
         }
         path = watched_path(self.models.key, journey.plate)
-        open_place(self.config.results).write(path, json.dumps(record, indent=1).encode())
-        picture = predictions_folder(self.config, predicted["model_key"]).read(f"{'/'.join(journey.plate)}/plate.png")
-        self.tracker.plate(record, picture)
+        self.models.results.write(path, json.dumps(record, indent=1).encode())
+        self._send(journey, record)
         return DONE, {}
+
+    def _send(self, journey: Journey, record: Mapping[str, Any]) -> None:
+        """Hand a plate to MLflow; what is sent when is the tracker's matter."""
+        predictions = predictions_folder(self.config, journey.facts["predicted"]["model_key"])
+        self.tracker.plate(record, predictions.read(f"{'/'.join(journey.plate)}/plate.png"))
+
+    def _send_again(self) -> None:
+        """Hand over what a watcher that was killed had reported and may not have sent; MLflow keeps each plate once."""
+        reported = [journey for journey in journeys(self.ledger.entries).values() if journey.state == DONE]
+        for journey in reported[-SENT_AGAIN:]:
+            try:
+                self._send(journey, read_record(self.models.results, watched_path(self.models.key, journey.plate)))
+            except FileNotFoundError as error:  # somebody tidied up
+                log.warning("%s: is not sent to MLflow again: %s is gone", "/".join(journey.plate), error)
 
     # What all plates of a look share.
 
@@ -328,9 +343,9 @@ class Watcher:
         """Write the table of all plates and the picture of their drift."""
         table = plates_table(journeys(self.ledger.entries).values())
         content, self._tabulated = table.to_csv(index=False).encode(), len(self.ledger.entries)
-        if table.empty or (self.folder.exists(TABLE) and self.folder.read(TABLE) == content):
+        if table.empty or (self.folder.exists(WATCH_TABLE) and self.folder.read(WATCH_TABLE) == content):
             return
-        files = {FIGURE: figure_png(drift_figure(table)), TABLE: content}
+        files = {WATCH_FIGURE: figure_png(drift_figure(table)), WATCH_TABLE: content}
         for name, content in files.items():
             self.folder.write(name, content)
         self.tracker.watched(table, files)

@@ -14,6 +14,8 @@ from coda_ray.storage import Folder
 READS_AT_A_TIME = 16
 # Records of plates that a watcher reported, below it a folder per job, and in that one per source and batch.
 WATCHED = "watched"
+# Where a watcher writes its report, unless watch.out says otherwise, and what that holds.
+WATCH, WATCH_TABLE, WATCH_FIGURE = "watch", "plates.csv", "drift.png"
 IDENTITY = ("source", "target", "method", "granularity", "unit", "scope", "split", "seed")
 COUNTS = ("n_images", "n_wells", "n_compounds")
 SCORES = ("accuracy", "macro_f1", "well_accuracy", "well_macro_f1", "compound_accuracy", "compound_macro_f1")

@@ -1,5 +1,6 @@
 """Fill MLflow from the results folder: every job, transfer and stage, each once, however often it is done."""
 
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,16 @@ import pandas as pd
 
 from coda_ray.storage import Folder, retrying
 from coda_ray.tracking.figures import figure_png, matrix_figures
-from coda_ray.tracking.records import read_history, read_record, read_records, read_watched, transfers_frame
+from coda_ray.tracking.records import (
+    WATCH,
+    WATCH_FIGURE,
+    WATCH_TABLE,
+    read_history,
+    read_record,
+    read_records,
+    read_watched,
+    transfers_frame,
+)
 from coda_ray.tracking.store import REPORT, RunStore
 from coda_ray.tracking.table import job_matrix
 
@@ -99,6 +109,7 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
     for job in jobs:
         _finish(store, job, frame)
         _send_report(results, store, job)
+        _send_watch(results, store, job)
         advance()
     return SyncCounts(len(jobs), len(transfers), sent, len(trials), len(courses), len(plates))
 
@@ -136,6 +147,19 @@ def _send_report(results: Folder, store: RunStore, job: Mapping[str, Any]) -> No
     folder = results.child(f"{REPORT}/{job['key']}")
     if names := folder.names():
         store.report(job, {name: folder.read(name) for name in names})
+
+
+def _send_watch(results: Folder, store: RunStore, job: Mapping[str, Any]) -> None:
+    """Send the table and the picture of all plates of a watcher, where it wrote them."""
+    if job["kind"] != "watch":
+        return
+    out = job["config"]["watch"]["out"]
+    folder = results.at(out) if out else results.child(WATCH)
+    try:
+        files = {name: folder.read(name) for name in (WATCH_TABLE, WATCH_FIGURE)}
+    except FileNotFoundError:  # no plate came yet
+        return
+    store.watched(job, pd.read_csv(io.BytesIO(files[WATCH_TABLE])), files)
 
 
 def _finish(store: RunStore, job: Mapping[str, Any], frame: pd.DataFrame) -> None:

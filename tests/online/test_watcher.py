@@ -71,12 +71,13 @@ class Lab:
             deliver_plate(open_place(place(self.gallery)), open_place(place(self.root / "bucket")), PLATES[number], spoil)
 
     @contextmanager
-    def watcher(self, config=None):
+    def watcher(self, config=None, tracker=None, after_a_kill=False):
         """A watcher that holds the lease and has begun."""
-        config, tracker = config or self.config, Tracker(None)
+        config, tracker = config or self.config, tracker or Tracker(None)
         models = Models(config, "watch", tracker, self.lines.append)
         with Lease(watch_folder(config).child("lease"), "test", 60.0) as lease:
             assert lease.acquire(wait=True, say=self.lines.append)
+            lease.took_over = after_a_kill
             ledger = Ledger.open(watch_folder(config).child("ledger"), models.identity, "test")
             models.begin()
             yield Watcher(config, models, ledger, lease, tracker, self.lines.append, silent)
@@ -199,6 +200,37 @@ def test_a_watcher_that_is_killed_around_every_entry_ends_like_one_that_is_not(l
     assert len(one) >= 2 * 3
     for path, table in one.items():
         pd.testing.assert_frame_equal(table, other[path])
+
+
+class Sent(Tracker):
+    """Remembers the plates that it was given."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.plates = []
+
+    def plate(self, record, picture):
+        assert picture.startswith(b"\x89PNG")
+        self.plates.append(record)
+
+
+def test_what_a_killed_watcher_had_reported_is_sent_again(lab):
+    here = lab(policy="nearest", drift_threshold=1e6)
+    here.deliver(0, 1)
+    first, after_an_end, after_a_kill, poorer = Sent(), Sent(), Sent(), Sent()
+    with here.watcher(tracker=first) as watcher:
+        watcher.look()
+    with here.watcher(tracker=after_an_end):
+        pass
+    with here.watcher(tracker=after_a_kill, after_a_kill=True):
+        pass
+    assert [record["plate"] for record in first.plates] == [PLATES[0].name, PLATES[1].name]
+    assert after_an_end.plates == []
+    assert after_a_kill.plates == first.plates
+    next((here.root / "results" / "watched").rglob(f"{PLATES[0].name}.json")).unlink()
+    with here.watcher(tracker=poorer, after_a_kill=True):
+        pass
+    assert poorer.plates == first.plates[1:]
 
 
 def test_the_nearest_model_predicts_and_a_plate_that_is_far_from_all_gets_its_own(lab):

@@ -376,10 +376,15 @@ def test_plates_of_a_watcher_are_runs_and_points_of_its_curves_once(results, sto
         path = watched_path("watch1", [record[name] for name in ("source", "batch", "plate")])
         results.write(path, json.dumps(record).encode())
     results.write("jobs/watch1.json", json.dumps(job).encode())
+    results.write("watch/plates.csv", pd.concat([table, pd.DataFrame([plate_record(3)])]).to_csv(index=False).encode())
+    results.write("watch/drift.png", b"PNG")
     assert sync(results, store).plates == sync(results, store).plates == 3
     third = next(plate for plate in runs_by_kind(store)["plate"] if plate.data.tags["key"].endswith("p3"))
     assert [file.path for file in store.client.list_artifacts(third.info.run_id)] == ["plate.png"]
     assert [plate.info.status for plate in runs_by_kind(store)["plate"]] == ["FINISHED"] * 3
+    curve = store.client.get_metric_history(run.info.run_id, "drift_nearest")
+    assert [(point.step, point.value) for point in curve] == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    assert [file.path for file in store.client.list_artifacts(run.info.run_id)] == ["config.yaml", "drift.png", "plates.csv"]
 
 
 def test_a_job_that_is_not_done_stays_open(results, store):

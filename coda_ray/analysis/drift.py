@@ -106,10 +106,10 @@ class Reference:
         """
         return float(np.sqrt(max(0.0, self._square(one, other))))
 
-    def nearest(self, plate: Controls, known: Sequence[Controls]) -> tuple[int, float]:
-        """Find which of some descriptions a plate is least distant from, and how far; chance does not make a tie of them."""
+    def nearest(self, plate: Controls, known: Sequence[Controls]) -> tuple[int, list[float]]:
+        """Find which of some descriptions a plate is least distant from, and how far each is; chance makes no tie of them."""
         number = int(np.argmin([self._square(plate, one) for one in known]))
-        return number, self.distance(plate, known[number])
+        return number, [self.distance(plate, one) for one in known]
 
     def drift(self, plate: Controls) -> float:
         """Distance of a plate from the source."""

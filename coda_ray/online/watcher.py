@@ -10,6 +10,7 @@ adaptations that they ask for run side by side.
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -243,8 +244,9 @@ class Watcher:
     def _choose(self, journey: Journey) -> Reached | None:
         """Choose the model of a plate, by the policy."""
         policy, threshold = self.settings.policy, self.meter.threshold
-        near, distance = self._nearest(journey)
-        facts: dict[str, Any] = {"nearest": near.text, "drift_nearest": distance, "threshold": threshold}
+        near, distances = self._nearest(journey)
+        distance = min(distances.values(), default=None)
+        facts: dict[str, Any] = {"nearest": near.text, "drift_nearest": distance, "threshold": threshold, "distances": distances}
         if policy == "batch":
             choice, why = self._batch_model(journey), "its batch is complete"
             if choice is None:
@@ -375,14 +377,18 @@ class Watcher:
         known = [journey for journey in found if journey.number <= number and journey.plate.source == source]
         return [journey.plate.plate for journey in known if journey.state not in ("arrived", "ingested", ASIDE)]
 
-    def _nearest(self, journey: Journey) -> tuple[Choice, float | None]:
-        """Find the model whose unit a plate's controls are least distant from."""
+    def _nearest(self, journey: Journey) -> tuple[Choice, dict[str, float]]:
+        """Find the model whose unit a plate's controls are least distant from, and how far each unit is, by its text."""
         own, reference = self.meter.controls([journey.plate]), self.meter.reference
         if own is None:
-            return self.models.source, None
+            return self.models.source, {}
         known = [(self.models.source, reference.source), *self._units(journey)]
-        number, distance = reference.nearest(own, [controls for _, controls in known])
-        return known[number][0], round(distance, 4)
+        number, found = reference.nearest(own, [controls for _, controls in known])
+        distances: dict[str, float] = {}
+        for (choice, _), far in zip(known, found, strict=True):
+            # Several models of one unit may know of different plates.
+            distances[choice.text] = min(round(far, 4), distances.get(choice.text, math.inf))
+        return known[number][0], distances
 
     def _units(self, journey: Journey) -> Iterator[tuple[Choice, Controls]]:
         """Give the units adapted to, by other jobs and for plates that came before this one, with their controls."""

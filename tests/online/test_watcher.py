@@ -241,6 +241,7 @@ def test_the_nearest_model_predicts_and_a_plate_that_is_far_from_all_gets_its_ow
     assert first.facts["chosen"]["unit"] == PLATES[0].name
     assert first.facts["chosen"]["nearest"] == "sim_a"
     assert first.facts["chosen"]["drift_nearest"] == first.facts["checked"]["drift_source"] > 0
+    assert first.facts["chosen"]["distances"] == {"sim_a": first.facts["checked"]["drift_source"]}
     here.deliver(1, 2)
     _, *others = here.run(here.changed(drift_threshold=1e6))
     for journey in others:
@@ -249,6 +250,12 @@ def test_the_nearest_model_predicts_and_a_plate_that_is_far_from_all_gets_its_ow
         assert chosen["drift_nearest"] <= drift
         assert chosen["model"] == chosen["nearest"]
         assert chosen["unit"] in ("sim_a", PLATES[0].name)
+        distances = chosen["distances"]
+        assert list(distances) == ["sim_a", f"sim_b plate {PLATES[0].name}"]
+        assert distances["sim_a"] == drift
+        assert distances[chosen["nearest"]] == min(distances.values()) == chosen["drift_nearest"]
+        record = next((here.root / "results" / "watched").rglob(f"{journey.plate.plate}.json"))
+        assert json.loads(record.read_text())["distances"] == distances
 
 
 def adapted_by_hand(lab, *numbers):

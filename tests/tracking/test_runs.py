@@ -339,7 +339,7 @@ def plate_record(number, **changes):
         "tiles": 72, "quarantined": 1, "wells": 36, "controls": 12, "drift_source": 1.5, "drift_nearest": 0.5 * number,
         "threshold": 1.0, "nearest": "A", "model": "B plate p1", "why": "nearest", "target": "B", "granularity": "plate",
         "unit": "p1", "stage": "adapt/aaaa", "images": 71, "unreadable": 0, "confidence": 0.6, "replicate_agreement": None,
-        "adaptation_seconds": 12.5, "tries": 1, "folder": "gone",
+        "distances": {"A": 1.5, "B plate p/1": 0.5 * number}, "adaptation_seconds": 12.5, "tries": 1, "folder": "gone",
     }  # fmt: skip
     return record | changes
 
@@ -366,6 +366,10 @@ def test_plates_of_a_watcher_are_runs_and_points_of_its_curves_once(results, sto
     assert first.info.run_name == "B/b0/p1"
     assert first.data.params["model"] == "B plate p1"
     assert first.data.metrics["drift_nearest"] == 0.5
+    assert [(run.data.metrics["distance/A"], run.data.metrics["distance/B plate p_1"]) for run in (first, second)] == [
+        (1.5, 0.5),
+        (1.5, 1.0),
+    ]
     assert "1.50 from the source, 0.50 from A (threshold 1.00)" in first.data.tags["mlflow.note.content"]
     assert [file.path for file in store.client.list_artifacts(first.info.run_id)] == ["plate.png"]
 

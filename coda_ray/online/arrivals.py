@@ -119,7 +119,7 @@ class Arrivals:
         Raises
         ------
         OSError
-            When storage does not answer.
+            When storage does not answer, or has no plate table though `ingest.plate_types` asks for one.
         ValueError
             When a metadata table is wrong.
         """
@@ -140,7 +140,7 @@ class Arrivals:
         """Plates of the wanted sources and types that have an image list, with it; and those that wait for a table or a list."""
         lists = self._listed() if self._events is None else self._notified(self._events, skip)
         lists = {plate: lists[plate] for plate in sorted(lists) if plate not in skip and self._is_target(plate.source)}
-        plates = self._tables().plates
+        plates = self.tables().plates
         types = {PlateName(*row[:3]): row[3] for row in plates[[*METADATA[:3], "Metadata_PlateType"]].itertuples(index=False)}
         found, waiting = {}, []
         for plate, image_list in lists.items():
@@ -182,11 +182,25 @@ class Arrivals:
         )
         return {plate: there.get(plate) for plate in named}
 
-    def _tables(self) -> Tables:
-        """The metadata, read again when one of its files has changed."""
+    def tables(self) -> Tables:
+        """Give the metadata, read again when one of its files has changed.
+
+        Raises
+        ------
+        OSError
+            When storage does not answer, or gives no plate, as a share does that is not mounted.
+        ValueError
+            When a table is wrong: somebody may be writing it.
+        """
         files = self.metadata.files()
         if self._known is None or self._known[0] != files:
             self._known = files, read_tables(self.metadata)
+        if self._known[1].plates.empty and self.ingest.plate_types:
+            asked = f"ingest.plate_types = {self.ingest.plate_types}"
+            raise OSError(
+                f"{self.metadata.address()}: plate.csv.gz is missing or empty, and {asked} needs it; mount the folder, "
+                "correct metadata.address, or give ingest.plate_types=[]"
+            )
         return self._known[1]
 
     def _read_list(self, file: StoredFile) -> _Images | str:

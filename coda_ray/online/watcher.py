@@ -22,7 +22,7 @@ from coda_ray.analysis.drift import Controls
 from coda_ray.config import Config
 from coda_ray.jump.ingest import IngestError, run_ingest
 from coda_ray.jump.layout import PlateName
-from coda_ray.jump.tables import CONTROL, NEGATIVE_CONTROL, Tables, read_tables, wells_expected
+from coda_ray.jump.tables import CONTROL, NEGATIVE_CONTROL, Tables, wells_expected
 from coda_ray.learn.exported import ModelError
 from coda_ray.online.arrivals import Arrivals, complete_batch
 from coda_ray.online.board import ASIDE, DONE, FAILED, STEP_AFTER, Journey, journeys, plates_table
@@ -104,7 +104,6 @@ class Watcher:
         self._damaged: set[Choice] = set()
         # Entries that the table shows; what a watcher before this one left, it may not have shown.
         self._tabulated = 0
-        self._tables: Tables | None = None
         self._note_units()
         if lease.took_over:
             self._send_again()
@@ -126,7 +125,6 @@ class Watcher:
         """
         self.lease.check()
         self.tracker.try_again()
-        self._tables = None
         self._damaged.clear()
         # An entry whose answer was lost may have been written.
         self.ledger.refresh()
@@ -439,19 +437,17 @@ class Watcher:
             self.ledger.append(None, KNOWN, units=fresh)
 
     def _metadata(self) -> Tables:
-        """Read the metadata tables, which grow, once in a look.
+        """Read the metadata tables, which grow.
 
         Raises
         ------
         OSError
             When they cannot be read: somebody may be writing one.
         """
-        if self._tables is None:
-            try:
-                self._tables = read_tables(open_place(self.config.metadata))
-            except ValueError as error:
-                raise OSError(f"the metadata cannot be read: {error}") from error
-        return self._tables
+        try:
+            return self.arrivals.tables()
+        except ValueError as error:
+            raise OSError(f"the metadata cannot be read: {error}") from error
 
     def _make_sure_that_storage_answers(self, error: Exception) -> None:
         """Ask bucket, tiles and results for something that they have.
@@ -459,13 +455,17 @@ class Watcher:
         Raises
         ------
         OSError
-            When one of them does not answer, or the metadata cannot be read: then the error is no plate's.
+            When one of them does not answer or has nothing, or the metadata cannot be read: then the error is no plate's.
         """
-        for place in (self.config.bucket, self.config.tiles, self.config.results):
+        for name in ("bucket", "tiles", "results"):
+            place = open_place(getattr(self.config, name))
             try:
-                open_place(place).names()
+                there = place.names()
             except OSError as outage:
                 raise OSError(f"{error}; storage does not answer: {outage}") from error
+            if not there:
+                gone = f"{place.address()}: nothing is there any more; mount it, or correct {name}.address"
+                raise OSError(f"{error}; {gone}") from error
         self._metadata()
 
 

@@ -243,6 +243,16 @@ def test_the_plate_table_decides_which_plates_count(bucket, clock):
     assert set(plates_of(arrivals_of(bucket, clock, {"plate_types": []}).look(set())[0])) == set(B[:3])
 
 
+def test_a_metadata_folder_that_is_not_mounted_is_an_outage(bucket, clock):
+    bucket.send(B[0])
+    arrivals = arrivals_of(bucket, clock)
+    assert plates_of(arrivals.look(set())[0]) == [B[0]]
+    (bucket.folder / "metadata").rename(bucket.folder / "away")
+    with pytest.raises(OSError, match=r"metadata: plate\.csv\.gz is missing or empty, and ingest\.plate_types = \['TARGET2'\]"):
+        arrivals.look(set())
+    assert plates_of(arrivals_of(bucket, clock, {"plate_types": []}).look(set())[0]) == [B[0]]
+
+
 def test_the_current_layout_of_a_list_comes_first(bucket, clock):
     plate = A[0]
     bucket.send(plate)

@@ -14,7 +14,7 @@ import tifffile
 from scipy.ndimage import zoom
 
 from coda_ray.config import ConfigError, told_in_one_line
-from coda_ray.jump.ingest import run_ingest
+from coda_ray.jump.ingest import IngestError, run_ingest
 from coda_ray.jump.simulate.defects import spoil_file
 from coda_ray.jump.simulate.deliver import deliver_plate
 from coda_ray.jump.simulate.layout import draw_plates
@@ -337,6 +337,24 @@ def test_storage_that_does_not_answer_is_no_plates_fault(lab, monkeypatch):
             pass
         (journey,) = journeys(watcher.ledger.entries).values()
         assert journey.state == "reported"
+
+
+@pytest.mark.parametrize("part", ["bucket", "tiles"])
+def test_a_share_that_is_not_mounted_any_more_is_no_plates_fault(lab, monkeypatch, part):
+    here = lab(policy="nearest")
+    here.deliver(0)
+
+    def unmount(*args):
+        (here.root / part).rename(here.root / "away")
+        (here.root / part).mkdir()
+        raise IngestError("no image list was found")
+
+    monkeypatch.setattr("coda_ray.online.watcher.run_ingest", unmount)
+    with here.watcher() as watcher:
+        with pytest.raises(OSError, match=rf"{part}: nothing is there any more; mount it, or correct {part}\.address"):
+            watcher.look()
+        (journey,) = journeys(watcher.ledger.entries).values()
+        assert (journey.state, journey.failures) == ("arrived", [])
 
 
 def test_a_file_that_storage_refuses_is_its_plates_fault_and_the_plate_is_tried_again_when_asked(lab, monkeypatch):

@@ -20,7 +20,7 @@ class WatchJob(Config):
     once: CliImplicitFlag[bool] = False
     """Look once, take every plate as far as it goes, and end: for cron. The exit code is 1 when a plate failed."""
     again: list[str] = Field(default_factory=list)
-    """Plates that were set aside and are to be tried once more."""
+    """Plates that were set aside and are to be tried once more: by name, or source/batch/plate where several have that name."""
 
 
 def main() -> int:

@@ -373,7 +373,7 @@ def test_a_file_that_storage_refuses_is_its_plates_fault_and_the_plate_is_tried_
     assert "Access Denied" in refused.facts["aside"]["reason"]
     monkeypatch.undo()
     with pytest.raises(SystemExit) as ended:
-        again(here, PLATES[1].name)
+        again(here, "nothing")
     assert ended.value.code == 2
     assert again(here, PLATES[0].name) == 0
     assert [journey.state for journey in here.run()] == ["reported", "reported"]

@@ -76,17 +76,17 @@ class Reference:
     between: tuple[float, ...]
 
     @classmethod
-    def of(cls, plates: Sequence[NDArray[np.floating]]) -> "Reference":
-        """Describe the source by the (N, D) features of the DMSO images of each of its plates.
+    def of(cls, plates: Sequence[NDArray[np.floating]]) -> "Reference | None":
+        """Describe the source by the (N, D) features of the DMSO images of each of its plates; None where none has any.
 
         Raises
         ------
         ValueError
-            When no plate has DMSO images.
+            When a feature is no finite number.
         """
         known = [plate for plate in plates if len(plate) >= LEAST_IMAGES]
         if not known:
-            raise ValueError("no plate of the source has DMSO images (Metadata_Control = negcon); drift is measured from them")
+            return None
         source = cls(Controls.of(np.concatenate(known)), ())
         if len(known) == 1:
             return source

@@ -96,8 +96,8 @@ def _begin(config: Config, lease: Lease, by: str, tracker: Tracker, command: str
             raise ConfigError("watch.register_as is set, but nothing is sent to MLflow; set MLFLOW_TRACKING_URI, or unset it")
         models.begin()
         watcher = Watcher(config, models, ledger, lease, tracker, say, progress)
-        # Without controls of the source there is nothing to compare a plate with.
-        _ = watcher.meter.reference
+        if config.watch.policy == "nearest":
+            watcher.meter.require()
     except FileNotFoundError as error:  # tiles of the source that are not there
         raise ConfigError(str(error)) from error
     return watcher

@@ -235,7 +235,8 @@ class Watcher:
             own = self.meter.controls([journey.plate])
         except ValueError as error:
             raise UnfitPlateError(f"its DMSO images cannot be compared: {error}") from error
-        drift = None if own is None else round(self.meter.reference.drift(own), 4)
+        reference = self.meter.reference
+        drift = None if own is None or reference is None else round(reference.drift(own), 4)
         images = int((index.frame[CONTROL] == NEGATIVE_CONTROL).sum())
         return "checked", {"wells": len(wells), "expected": len(expected), "controls": images, "drift_source": drift}
 
@@ -378,7 +379,7 @@ class Watcher:
     def _nearest(self, journey: Journey) -> tuple[Choice, dict[str, float]]:
         """Find the model whose unit a plate's controls are least distant from, and how far each unit is, by its text."""
         own, reference = self.meter.controls([journey.plate]), self.meter.reference
-        if own is None:
+        if own is None or reference is None:
             return self.models.source, {}
         known = [(self.models.source, reference.source), *self._units(journey)]
         number, found = reference.nearest(own, [controls for _, controls in known])

@@ -474,6 +474,31 @@ def test_what_no_plate_could_mend_is_told_before_the_first_look(lab):
         watch(here.config, once=True, command="", say=here.lines.append, progress=silent)
 
 
+@pytest.mark.parametrize(
+    ("plates_with_controls", "field"), [(0, r"watch\.policy = nearest"), (1, r"watch\.drift_threshold is unset")]
+)
+def test_policy_nearest_needs_a_measure_of_drift_and_the_others_do_not(lab, monkeypatch, plates_with_controls, field):
+    here, features = lab(policy="nearest"), DriftMeter._features
+    with_controls = []
+
+    def some(self, plates):
+        found = features(self, plates)
+        if plates[0] not in with_controls and len(with_controls) == plates_with_controls:
+            return found[:0]
+        with_controls.append(plates[0])
+        return found
+
+    monkeypatch.setattr(DriftMeter, "_features", some)
+    here.deliver(0)
+    with pytest.raises(ConfigError, match=field):
+        watch(here.config, once=True, command="", say=here.lines.append, progress=silent)
+    config = here.changed(policy="plate")
+    assert watch(config, once=True, command="", say=here.lines.append, progress=silent) == 0
+    table = pd.read_csv(here.root / "results" / "watch" / "plates.csv")
+    assert table["state"].tolist() == ["reported"]
+    assert table["drift_source"].isna().all()
+
+
 def fail_with(error):
     """A function that raises."""
 

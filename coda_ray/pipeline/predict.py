@@ -25,7 +25,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError
 
 from coda_ray.config import Config, ConfigError, Train
 from coda_ray.jump.ingest import run_ingest
@@ -158,7 +158,7 @@ def predict(config: Config, model: ExportedModel, tiles: TileIndex, progress: Ca
     UnreadableTilesError
         When more than `stream.max_bad_share` of the tiles cannot be read.
     PredictionError
-        When a worker fails.
+        When a worker fails, or the note of a plate is damaged.
     """
     begun = time.monotonic()
     out = predictions_folder(config, model.key)
@@ -348,12 +348,22 @@ def _predict_warm(batch: Columns, *, key: str, model: "list[ray.ObjectRef[Export
 
 
 def _is_done(out: Folder, index: TileIndex, model: ExportedModel) -> bool:
-    """Whether a plate has whole tables of this model for these tiles."""
+    """Whether a plate has whole tables of this model for these tiles.
+
+    Raises
+    ------
+    PredictionError
+        When its note is damaged.
+    """
+    path = f"{'/'.join(index.frame[PLATE_ID].iloc[0])}/plate.json"
     try:
-        note = json.loads(out.read(f"{'/'.join(index.frame[PLATE_ID].iloc[0])}/plate.json"))
+        note = json.loads(out.read(path))
+        return bool(note["model"] == model.key and note["tiles"] == index.fingerprint)
     except FileNotFoundError:
         return False
-    return bool(note["model"] == model.key and note["tiles"] == index.fingerprint)
+    except (ValueError, TypeError, KeyError) as error:
+        told = f"{out.address(path)}: is damaged ({type(error).__name__}: {error})"
+        raise PredictionError(f"{told}; delete it, and the plate is predicted again") from error
 
 
 def _run(
@@ -384,7 +394,7 @@ def _run(
             done += len(numbers)
             progress(done, len(whole))
         ray.get(list(writing))
-    except RayTaskError as error:
+    except RayError as error:
         cause = cause_of(error)
         raise PredictionError(f"{type(cause).__name__}: {cause}; mend it and start again: finished plates are kept") from error
     return health.bad

@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import ray
+from ray.exceptions import WorkerCrashedError
 
 from coda_ray.config import Config, ConfigError
 from coda_ray.learn.exported import DESCRIPTION, WEIGHTS, ModelError, unpack
 from coda_ray.pipeline import data
 from coda_ray.pipeline.evaluate import TILE_ID, embeddings_of, evaluate, predictions_of
 from coda_ray.pipeline.models import export_of, find_model, stored_models
-from coda_ray.pipeline.predict import PLATE_ID, _is_done, _Predictor, plates_of, predict, tiles_of, well_table
+from coda_ray.pipeline.predict import PLATE_ID, PredictionError, _is_done, _Predictor, plates_of, predict, tiles_of, well_table
 from coda_ray.pipeline.transfer import Request, plan, stages_of
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import COMPOUND, LABEL, TileIndex
@@ -168,6 +169,25 @@ def test_tiles_that_changed_are_predicted_anew(world, model, predicted):
     out = open_place(place(Path(predicted[0].folder)))
     assert _is_done(out, index, model)
     assert not _is_done(out, TileIndex(index.frame.assign(crc32=0), index.folder, index.channels), model)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"model": "x'])
+def test_a_damaged_note_is_named(world, model, tmp_path, content):
+    index = plates_of(tiles_of(changed(world[0], sources=["b"]), model))[0]
+    out = open_place(place(tmp_path))
+    out.write("b/b0/bb0p0/plate.json", content)
+    with pytest.raises(PredictionError, match=r"b/b0/bb0p0/plate\.json: is damaged \(.*\); delete it, and"):
+        _is_done(out, index, model)
+
+
+def test_a_worker_that_dies_is_told(world, model, tmp_path, monkeypatch):
+    def dies(*args):
+        yield from ()
+        raise WorkerCrashedError
+
+    monkeypatch.setattr("coda_ray.pipeline.predict._stream", dies)
+    with pytest.raises(PredictionError, match=r"WorkerCrashedError: .*finished plates are kept"):
+        run(changed(world[0], out=str(tmp_path)), model, lambda *_: None)
 
 
 def test_broken_tiles_are_listed(predicted):

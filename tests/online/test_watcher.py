@@ -165,11 +165,19 @@ class Killed(BaseException):
     """What a process that is killed does not catch either."""
 
 
+def finished(lab):
+    """What is done once and for all, and when it was written (ns): stages, tiles and predictions."""
+    notes = [*(lab.root / "results").rglob("done.json"), *lab.root.rglob("plate.json")]
+    return {path: path.stat().st_mtime_ns for path in notes}
+
+
 def killed_at_every_entry(lab):
-    """Watch until all is done; before and after each entry the watcher dies, and another one begins."""
-    deaths = 0
+    """Watch until all is done; before and after each entry the watcher dies, and another one begins; nothing is done twice."""
+    deaths, done = 0, finished(lab)
     while True:
         data.forget()
+        before, done = done, finished(lab)
+        assert before.items() <= done.items()
         with lab.watcher() as watcher:
             append = watcher.ledger.append
 
@@ -193,6 +201,8 @@ def test_a_watcher_that_is_killed_around_every_entry_ends_like_one_that_is_not(l
         one.deliver(0, 1)
     expected = undisturbed.run()
     deaths, found = killed_at_every_entry(killed)
+    done = [{path.relative_to(one.root) for path in finished(one)} for one in (undisturbed, killed)]
+    assert done[0] == done[1]
     assert deaths == 2 * 2 * len(STEPS)
     assert [told(journey) for journey in found] == [told(journey) for journey in expected]
     one, other = undisturbed.predictions(), killed.predictions()

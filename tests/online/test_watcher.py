@@ -47,6 +47,19 @@ def silent(title: str, unit: str) -> Iterator[object]:
     yield lambda done, total: None
 
 
+@contextmanager
+def watching(config, say, tracker=None, after_a_kill=False):
+    """A watcher that holds the lease and has begun."""
+    tracker = tracker or Tracker(None)
+    models = Models(config, "watch", tracker, say)
+    with Lease(watch_folder(config).child("lease"), "test", 60.0) as lease:
+        assert lease.acquire(wait=True, say=say)
+        lease.took_over = after_a_kill
+        ledger = Ledger.open(watch_folder(config).child("ledger"), models.identity, "test")
+        models.begin()
+        yield Watcher(config, models, ledger, lease, tracker, say, silent)
+
+
 class Lab:
     """A bucket that plates are delivered to, and what a watcher makes of them."""
 
@@ -70,17 +83,9 @@ class Lab:
         for number in numbers:
             deliver_plate(open_place(place(self.gallery)), open_place(place(self.root / "bucket")), PLATES[number], spoil)
 
-    @contextmanager
-    def watcher(self, config=None, tracker=None, after_a_kill=False):
+    def watcher(self, config=None, **how):
         """A watcher that holds the lease and has begun."""
-        config, tracker = config or self.config, tracker or Tracker(None)
-        models = Models(config, "watch", tracker, self.lines.append)
-        with Lease(watch_folder(config).child("lease"), "test", 60.0) as lease:
-            assert lease.acquire(wait=True, say=self.lines.append)
-            lease.took_over = after_a_kill
-            ledger = Ledger.open(watch_folder(config).child("ledger"), models.identity, "test")
-            models.begin()
-            yield Watcher(config, models, ledger, lease, tracker, self.lines.append, silent)
+        return watching(config or self.config, self.lines.append, **how)
 
     def run(self, config=None):
         """Look until nothing is left to do; give the journey of each plate."""
@@ -566,8 +571,9 @@ def test_drift_fires_on_another_microscope_and_not_on_an_ordinary_new_plate(ray_
         bucket={"address": str(gallery)},
         metadata={"address": str(gallery / "metadata")},
         ingest={"sources": ["sim_a"]},
-        watch={"source": "sim_a", "policy": "nearest"},
+        watch={"source": "sim_a", "policy": "nearest", "settle_s": 0},
         views={"tile_crop": 40, "size_global": 32, "size_local": 16},
+        adapt={"no_partner": "same-image"},
     )
     run_ingest(config, lambda _: None)
     data.forget()
@@ -590,3 +596,16 @@ def test_drift_fires_on_another_microscope_and_not_on_an_ordinary_new_plate(ray_
     moved_meter = DriftMeter(config, meter.model, silent)
     moved_meter.embed([data.load_tiles(other, "sim_a").without_labels()], "")
     assert meter.reference.drift(moved_meter.controls([name])) > meter.threshold
+
+    # A plate of another lab with that microscope arrives: by the threshold that is measured it gets a model of its own.
+    shutil.copytree(gallery, tmp_path / "arriving", ignore=lambda _, names: [name for name in names if name == "sim_b"])
+    first = next(plate for plate in draw_plates(PRESETS["tiny"].model_copy(update=shape)) if plate.source == "sim_b")
+    deliver_plate(open_place(place(gallery)), open_place(place(tmp_path / "arriving")), first, other_microscope)
+    arriving = config.model_copy(update={"bucket": place(tmp_path / "arriving")})
+    with watching(arriving, print) as watcher:
+        watcher.look()
+        (journey,) = journeys(watcher.ledger.entries).values()
+    chosen = journey.facts["chosen"]
+    assert (chosen["unit"], chosen["threshold"]) == (first.name, meter.threshold)
+    assert chosen["drift_nearest"] > chosen["threshold"]
+    assert chosen["why"] == "further than the threshold from all that is known"

@@ -66,7 +66,7 @@ def alias_of(origin: Mapping[str, Any]) -> str:
 
 
 def register(config: Config, name: str, files: Mapping[str, bytes], key: str, origin: Mapping[str, Any]) -> Registered:
-    """Log an exported model, and give the newest version of its kind its alias.
+    """Log an exported model, and give it the alias of its kind, unless a newer version has that.
 
     Parameters
     ----------
@@ -105,7 +105,9 @@ def register(config: Config, name: str, files: Mapping[str, bytes], key: str, or
         for tag, value in {"key": key, **origin}.items():
             if have.get(tag) != str(value):
                 client.set_model_version_tag(name, number, tag, str(value))
-        client.set_registered_model_alias(name, alias, number)
+        # An alias never goes back to a version before the one that has it.
+        if int(number) > int(client.get_registered_model(name).aliases.get(alias, 0)):
+            client.set_registered_model_alias(name, alias, number)
     except Exception as error:  # MLflow's client, and those of its stores, each raise their own kind
         raise RegistryError(
             f"{without_password(store.address)}: {name!r} was not registered: {type(error).__name__}: {one_line(error)}; "

@@ -75,6 +75,18 @@ def test_the_same_model_is_registered_once(world):
     assert len(open_client(world.address).search_model_versions("name = 'moa'")) == 2
 
 
+@pytest.mark.slow
+def test_an_alias_stays_with_the_newest_version_of_its_kind(world):
+    made = {}
+    for seed in (1, 2):
+        files = random_export(world.config, target="v", unit="v", seed=seed)
+        made[seed] = files, unpack(files[DESCRIPTION], files[WEIGHTS], "here")
+    for seed, version, newest in ((1, "1", 1), (2, "2", 2), (1, "1", 2)):
+        files, model = made[seed]
+        assert register(world.config, "kinds", files, model.key, model.description["origin"]).version == version
+        assert int(open_client(world.address).get_model_version_by_alias("kinds", "adapted-v-v").version) == newest
+
+
 class Killed(BaseException):
     """What a process that is killed does not catch either."""
 

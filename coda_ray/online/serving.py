@@ -227,7 +227,7 @@ class Models:
     def _note_job(self) -> None:
         """Write the record of the watcher's job, by which its models are found and exported."""
         settings = self.config.watch
-        targets = sorted({path.partition("/")[0] for path in self._store().plates(settings.targets)} - {self.source.unit})
+        targets = sorted({path.partition("/")[0] for path in self.tiles.plates(settings.targets)} - {self.source.unit})
         record = job_record(
             self.config,
             key=self.key,
@@ -250,6 +250,7 @@ class Models:
         except FileNotFoundError:
             return []
 
-    def _store(self) -> TileStore:
-        """Open the tile store."""
+    @property
+    def tiles(self) -> TileStore:
+        """The tile store."""
         return TileStore.open(open_place(self.config.tiles), preparation_of(self.config))

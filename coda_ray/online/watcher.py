@@ -131,6 +131,7 @@ class Watcher:
         before = len(self.ledger.entries)
         self._arrive()
         self._step_all("arrived")
+        data.forget()
         self._embed(self._due("ingested"))
         self._step_all("ingested")
         self._step_all("checked")
@@ -210,10 +211,8 @@ class Watcher:
         config = self.config.model_copy(update={"ingest": wanted})
         with self.progress(f"ingesting {plate.plate}", "sites") as show:
             done = run_ingest(config, lambda now: show(now.sites_done, now.sites_total))
-        data.forget()
         try:
-            folder = data.stored_tiles(self.config, plate.source).folder
-            note = json.loads(folder.read(f"{'/'.join(plate)}/plate.json"))
+            note = json.loads(self.models.tiles.folder.read(f"{'/'.join(plate)}/plate.json"))
         except FileNotFoundError:
             raise IngestError("; ".join(done.notes) or "its tiles were not written") from None
         return "ingested", {"tiles": note["tiles"], "quarantined": note["quarantined"]}

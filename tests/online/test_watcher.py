@@ -30,6 +30,7 @@ from coda_ray.pipeline import data
 from coda_ray.pipeline.matrix import run_transfers
 from coda_ray.pipeline.transfer import Request
 from coda_ray.storage import open_place
+from coda_ray.tiles.store import TileStore
 from coda_ray.tracking.registry import RegistryError
 from coda_ray.tracking.runs import Tracker
 from conftest import write_tiny
@@ -164,6 +165,18 @@ def test_every_plate_gets_a_model_of_its_own_and_a_broken_one_is_set_aside(lab):
     before = here.predictions()
     assert len(here.run()) == 3
     assert set(here.predictions()) == set(before)
+
+
+def test_tiles_of_many_plates_are_indexed_once_a_look(lab, monkeypatch):
+    here = lab(policy="nearest", drift_threshold=1e6)
+    here.deliver(0, 1, 2)
+    loaded, index = [], TileStore.index
+    monkeypatch.setattr(TileStore, "index", lambda self, sources: loaded.append(tuple(sources)) or index(self, sources))
+    with here.watcher() as watcher:
+        before = len(loaded)
+        watcher.look()
+        assert [journey.state for journey in journeys(watcher.ledger.entries).values()] == ["reported"] * 3
+    assert sorted(loaded[before:]) == [("sim_a",), ("sim_b",)]
 
 
 class Killed(BaseException):

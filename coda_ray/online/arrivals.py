@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 MOST_FOLDERS = 8
 # Parsed image lists, of about 1 MB each, that are kept from one look to the next.
 LISTS_KEPT = 64
+# Notifications that are in memory together.
+EVENTS_AT_A_TIME = 256
 _NO_LIST, _NO_IMAGE = "its image list is not there", "its image list names no image of the wanted channels"
 _LIST = re.compile(r"([^/]+)/workspace/([^/]+)/([^/]+)/([^/]+)/([^/]+)")
 
@@ -286,19 +288,27 @@ class _Events:
 
     def refresh(self, bucket: Folder, dataset: str) -> None:
         """Read the files that are new; one that is no notification is told in the log."""
-        new = [file for file in self.folder.files() if (file.path, file.tag) not in self._read]
+        there = self.folder.files()
+        # Files expire.
+        self._read &= {(file.path, file.tag) for file in there}
+        new = [file for file in there if (file.path, file.tag) not in self._read]
         with ThreadPoolExecutor(READS_AT_A_TIME) as pool:
-            contents = list(pool.map(self._content, new))
-        for file, content in zip(new, contents, strict=True):
-            self._read.add((file.path, file.tag))
-            try:
-                found = list(_new_objects(json.loads(content)))
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                log.warning("%s: no S3 event notification (%r); it is passed over", self.folder.address(file.path), error)
-                continue
-            keys = [_key_in(bucket, name, key) for name, key in found]
-            lists = [one for key in keys if key is not None and (one := _list_of(dataset, key))]
-            self.plates |= dict.fromkeys(plate for plate, _ in lists)
+            for first in range(0, len(new), EVENTS_AT_A_TIME):
+                some = new[first : first + EVENTS_AT_A_TIME]
+                for file, content in zip(some, pool.map(self._content, some), strict=True):
+                    self._take(file, content, bucket, dataset)
+
+    def _take(self, file: StoredFile, content: bytes, bucket: Folder, dataset: str) -> None:
+        """Note the plates whose image list one file names."""
+        self._read.add((file.path, file.tag))
+        try:
+            found = list(_new_objects(json.loads(content)))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            log.warning("%s: no S3 event notification (%r); it is passed over", self.folder.address(file.path), error)
+            return
+        keys = [_key_in(bucket, name, key) for name, key in found]
+        lists = [one for key in keys if key is not None and (one := _list_of(dataset, key))]
+        self.plates |= dict.fromkeys(plate for plate, _ in lists)
 
     def _content(self, file: StoredFile) -> bytes:
         """One file; one that was deleted meanwhile says nothing."""

@@ -16,7 +16,7 @@ from coda_ray.jump.simulate.layout import draw_plates, draw_wells
 from coda_ray.jump.simulate.serve import serve_folder
 from coda_ray.jump.simulate.settings import PRESETS
 from coda_ray.jump.tables import read_tables
-from coda_ray.online.arrivals import Arrivals, Waiting, _key_in, _new_objects, complete_batch
+from coda_ray.online.arrivals import Arrivals, Waiting, _Events, _key_in, _new_objects, complete_batch
 from coda_ray.storage import open_place
 
 TINY = PRESETS["tiny"]
@@ -383,6 +383,23 @@ def test_plates_that_events_name_are_looked_up(place, bucket, clock, tmp_path, c
     arrived, waiting = arrivals.look({B[0]})
     assert set(plates_of(arrived)) == {B[1], B[2], C[0]}
     assert waiting == [Waiting(C[2], "its image list is not there")]
+
+
+def test_event_files_are_read_some_at_a_time_and_may_expire(bucket, monkeypatch):
+    monkeypatch.setattr("coda_ray.online.arrivals.EVENTS_AT_A_TIME", 2)
+    for number, plate in enumerate(PLATES):
+        event = json.dumps({"Records": [record("bucket", PLATES[plate].lists[-1])]}).encode()
+        bucket.files.write(f"events/{number}.json", event)
+    events, taken, content = _Events(bucket.files.child("events")), [], _Events._content
+    monkeypatch.setattr(_Events, "_content", lambda self, file: taken.append(len(self._read)) or content(self, file))
+    events.refresh(bucket.files, "cpg0016-jump")
+    assert list(events.plates) == list(PLATES)
+    # Before a file is read, those of the groups before it were taken.
+    assert all(before >= number // 2 * 2 for number, before in enumerate(taken))
+    bucket.files.delete("events")
+    events.refresh(bucket.files, "cpg0016-jump")
+    assert list(events.plates) == list(PLATES)
+    assert (len(taken), len(events._read)) == (len(PLATES), 0)
 
 
 def test_events_of_other_buckets_and_with_blanks(bucket):

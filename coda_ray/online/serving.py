@@ -7,9 +7,9 @@ from typing import Any
 
 from coda_ray.config import Config, ConfigError, Granularity
 from coda_ray.jump.prepare import preparation_of
-from coda_ray.pipeline.matrix import StagesFailedError, run_stages
+from coda_ray.pipeline.matrix import raise_failures, run_stages
 from coda_ray.pipeline.models import Export, StoredModel, export_of, read_stage, stored_models
-from coda_ray.pipeline.record import job_record
+from coda_ray.pipeline.record import job_record, write_job
 from coda_ray.pipeline.stage import Stage, settings_of
 from coda_ray.pipeline.train_stages import adapt
 from coda_ray.pipeline.transfer import Request, model_of, with_needs
@@ -127,10 +127,7 @@ class Models:
         upstream = with_needs([self.base.classifier])
         self._note_job()
         self.tracker.start_job(self.record)
-        failures = run_stages(self.config, upstream, self.say, self.tracker)
-        if failures:
-            told = "; ".join(f"{title}: {reason}" for title, reason in failures.items())
-            raise StagesFailedError(f"the model of {self.source.unit} could not be made: {told}")
+        raise_failures(run_stages(self.config, upstream, self.say, self.tracker))
         self._own = set(self._stages_before())
         models = (model for model in stored_models(self.results) if model.classifier.key == self.base.classifier.key)
         self._finished = {model.last.path: model for model in models if model.adapted}
@@ -241,7 +238,7 @@ class Models:
         stages = list(dict.fromkeys([*self._stages_before(), *record["stages"], *sorted(self._own)]))
         # Not whole: it never is, and nothing but the watcher itself ends its run.
         self.record = {**record, "stages": stages, "whole": False}
-        self.results.write(f"jobs/{self.key}.json", json.dumps(self.record, indent=1).encode())
+        write_job(self.results, self.record)
 
     def _stages_before(self) -> list[str]:
         """Read the stages of the same job, as a watcher before this one noted them."""

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -14,7 +14,7 @@ import ray
 
 from coda_ray.config import Config, ConfigError
 from coda_ray.pipeline.data import DataError
-from coda_ray.pipeline.record import TRAINING, job_record
+from coda_ray.pipeline.record import TRAINING, job_record, write_job
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.task import Facts, cause_of, nodes, room, submit
 from coda_ray.pipeline.transfer import Request, Transfer, plan, score, stages_of, unadapted
@@ -119,6 +119,27 @@ def run_stages(
     return runner.failures
 
 
+def raise_failures(failures: Mapping[str, str]) -> None:
+    """Raise what `run_stages` gave, where that is anything.
+
+    Parameters
+    ----------
+    failures
+        Title of a stage to its reason.
+
+    Raises
+    ------
+    StagesFailedError
+        Names each stage and its reason.
+    """
+    if failures:
+        told = "\n".join(f"  {title}: {reason}" for title, reason in failures.items())
+        raise StagesFailedError(
+            f"{len(failures)} stage(s) failed; those that do not need them are finished:\n{told}\n"
+            "the same command again runs only what is missing"
+        )
+
+
 def run_transfers(
     config: Config, requests: Sequence[Request], *, kind: str, name: str, command: str, say: Callable[[str], None]
 ) -> Outcome:
@@ -160,7 +181,7 @@ def run_transfers(
         transfers=[transfer.key for transfer in transfers if len(transfer.index)],
         stages=stages,
     )
-    results.write(f"jobs/{job['key']}.json", json.dumps(job, indent=1).encode())
+    write_job(results, job)
     tracker = Tracker.open(config.tracking, results)
     try:
         tracker.start_job(job)

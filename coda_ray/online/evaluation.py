@@ -6,7 +6,7 @@ Labels of the target are read at the end, by the scores. What adaptations cost i
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -30,6 +30,7 @@ from coda_ray.pipeline.record import job_record, write_job
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.train_stages import adapt
 from coda_ray.pipeline.transfer import Model, Request, Transfer, model_of, score, with_needs
+from coda_ray.progress import Say
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key, table_bytes
 from coda_ray.tracking.figures import figure_png
@@ -39,7 +40,6 @@ from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.store import REPORT
 from coda_ray.tracking.table import cell_text, markdown_table
 
-Say = Callable[[str], None]
 # Columns where the output is no terminal.
 WIDTH = 150
 SCORES = ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "well_accuracy", "well_macro_f1")

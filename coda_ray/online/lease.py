@@ -18,6 +18,7 @@ from types import TracebackType
 from uuid import uuid4
 
 from coda_ray.online.numbered import number_and_kind, numbered
+from coda_ray.progress import Say
 from coda_ray.storage import Folder
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Lease:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.release()
 
-    def acquire(self, wait: bool, say: Callable[[str], None]) -> bool:
+    def acquire(self, wait: bool, say: Say) -> bool:
         """Take the lease.
 
         Parameters

@@ -14,8 +14,9 @@ from coda_ray.online.board import AGAIN, ASIDE, DONE, journeys
 from coda_ray.online.lease import Lease
 from coda_ray.online.ledger import Ledger
 from coda_ray.online.meter import Progress
-from coda_ray.online.serving import Models, Say, watch_folder
+from coda_ray.online.serving import Models, watch_folder
 from coda_ray.online.watcher import Watcher
+from coda_ray.progress import Say
 from coda_ray.storage import open_place
 from coda_ray.tracking.records import WATCH_FIGURE, WATCH_TABLE
 from coda_ray.tracking.runs import Tracker

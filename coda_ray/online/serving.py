@@ -1,7 +1,7 @@
 """The models that a watcher predicts with: that of the source, and one for each unit that was adapted to."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,12 +13,11 @@ from coda_ray.pipeline.record import job_record, write_job
 from coda_ray.pipeline.stage import Stage, settings_of
 from coda_ray.pipeline.train_stages import adapt
 from coda_ray.pipeline.transfer import Request, model_of, with_needs
+from coda_ray.progress import Say
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileStore, content_key
 from coda_ray.tracking.records import WATCH
 from coda_ray.tracking.runs import Tracker
-
-Say = Callable[[str], None]
 
 
 def watch_folder(config: Config) -> Folder:

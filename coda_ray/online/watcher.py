@@ -29,10 +29,11 @@ from coda_ray.online.board import ASIDE, DONE, FAILED, STEP_AFTER, Journey, jour
 from coda_ray.online.lease import Lease, LostLeaseError
 from coda_ray.online.ledger import Ledger, LostLedgerError
 from coda_ray.online.meter import DriftMeter, Progress, plates_of, tiles_of_plate
-from coda_ray.online.serving import Choice, Models, Say, watch_folder
+from coda_ray.online.serving import Choice, Models, watch_folder
 from coda_ray.pipeline import data
 from coda_ray.pipeline.models import Export
 from coda_ray.pipeline.predict import PredictionError, predict, predictions_folder
+from coda_ray.progress import Say
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import TileIndex, read_parquet
 from coda_ray.tiles.stream import UnreadableTilesError

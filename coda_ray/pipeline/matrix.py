@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -18,6 +18,7 @@ from coda_ray.pipeline.record import TRAINING, job_record, write_job
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.task import Facts, cause_of, nodes, room, submit
 from coda_ray.pipeline.transfer import Request, Transfer, plan, score, stages_of, unadapted
+from coda_ray.progress import Say
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key
 from coda_ray.tracking.figures import figure_png, matrix_figures
@@ -93,9 +94,7 @@ def job_key(kind: str, requests: Sequence[Request], stages: Sequence[Stage]) -> 
     return content_key({"kind": kind, "requests": [vars(request) for request in requests], "stages": [s.key for s in stages]})
 
 
-def run_stages(
-    config: Config, stages: Sequence[Stage], say: Callable[[str], None], tracker: Tracker | None = None
-) -> dict[str, str]:
+def run_stages(config: Config, stages: Sequence[Stage], say: Say, tracker: Tracker | None = None) -> dict[str, str]:
     """Run what is missing of some stages that no transfer is scored by; what they need is finished.
 
     Parameters
@@ -140,9 +139,7 @@ def raise_failures(failures: Mapping[str, str]) -> None:
         )
 
 
-def run_transfers(
-    config: Config, requests: Sequence[Request], *, kind: str, name: str, command: str, say: Callable[[str], None]
-) -> Outcome:
+def run_transfers(config: Config, requests: Sequence[Request], *, kind: str, name: str, command: str, say: Say) -> Outcome:
     """Run what is missing of some requests, score them, and log them.
 
     Parameters
@@ -232,7 +229,7 @@ class _Runner:
         transfers: Sequence[Transfer],
         stages: Sequence[Stage],
         tracker: Tracker,
-        say: Callable[[str], None],
+        say: Say,
     ) -> None:
         self.config, self.results, self.tracker, self.say = config, results, tracker, say
         self.stages = stages

@@ -298,7 +298,7 @@ class Watcher:
             "job": self.models.key,
             "number": list(journeys(self.ledger.entries)).index(journey.plate) + 1,
             **journey.plate._asdict(),
-            **{name: value for state in STEP_AFTER for name, value in journey.facts[state].items()},
+            **journey.known,
             "tries": len(journey.failures) + 1,
             "adaptation_seconds": self.models.seconds(Choice.of(journey.facts["chosen"])),
         }

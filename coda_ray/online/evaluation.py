@@ -421,4 +421,4 @@ def _cells(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
 def _seeds(summary: pd.DataFrame) -> str:
     """Say over how many seeds the means go."""
     number = int(summary["n_seeds"].max())
-    return f"mean ± std over {number} seed{'s' if number > 1 else ''}"
+    return f"mean ± std over {number} seeds" if number > 1 else "1 seed"

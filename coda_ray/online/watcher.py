@@ -11,8 +11,10 @@ adaptations that they ask for run side by side.
 import json
 import logging
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -287,9 +289,14 @@ class Watcher:
             return register(self.config, name, export.files, export.model.key, origin).address
         except RegistryError as error:
             stage, classifier = choice.stage, self.models.base.classifier.path
-            by_hand = f"jobs/export.py --register {name} --stage {stage} --classifier {classifier}"
+            by_hand = f"jobs/export.py {self._config_option()} --register {name} --stage {stage} --classifier {classifier}"
             self.say(f"{error}; the plate goes on without, and {by_hand} does it later")
             return None
+
+    def _config_option(self) -> str:
+        """Give the option of the watcher's own command that names its configuration."""
+        words = [part for word in shlex.split(self.models.command) for part in word.split("=", 1)]
+        return next((f"--config {shlex.quote(file)}" for word, file in pairwise(words) if word == "--config"), "--config FILE")
 
     def _report(self, journey: Journey) -> Reached:
         """Keep the record of a plate, and send it with its picture to MLflow."""

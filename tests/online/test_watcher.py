@@ -52,7 +52,7 @@ def silent(title: str, unit: str) -> Iterator[object]:
 def watching(config, say, tracker=None, after_a_kill=False):
     """A watcher that holds the lease and has begun."""
     tracker = tracker or Tracker(None)
-    models = Models(config, "watch", tracker, say)
+    models = Models(config, "python jobs/watch.py --config my.yaml --once", tracker, say)
     with Lease(watch_folder(config).child("lease"), "test", 60.0) as lease:
         assert lease.acquire(wait=True, say=say)
         lease.took_over = after_a_kill
@@ -493,7 +493,7 @@ def test_a_model_that_cannot_be_registered_predicts_all_the_same(lab, monkeypatc
     (journey,) = here.run()
     assert journey.state == "reported"
     assert journey.facts["predicted"]["version"] is None
-    assert any("jobs/export.py --register models --stage" in line for line in here.lines)
+    assert any("jobs/export.py --config my.yaml --register models --stage" in line for line in here.lines)
 
 
 def test_what_no_plate_could_mend_is_told_before_the_first_look(lab):

@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from coda_ray.storage import Folder, retrying
+from coda_ray.config import Place
+from coda_ray.storage import Folder, open_place, retrying
 from coda_ray.tracking.figures import figure_png, matrix_figures
 from coda_ray.tracking.records import (
     WATCH,
@@ -153,8 +154,8 @@ def _send_watch(results: Folder, store: RunStore, job: Mapping[str, Any]) -> Non
     """Send the table and the picture of all plates of a watcher, where it wrote them."""
     if job["kind"] != "watch":
         return
-    out = job["config"]["watch"]["out"]
-    folder = results.at(out) if out else results.child(WATCH)
+    out, reached = job["config"]["watch"]["out"], job["config"]["results"]
+    folder = open_place(Place.model_validate({**reached, "address": out})) if out else results.child(WATCH)
     try:
         files = {name: folder.read(name) for name in (WATCH_TABLE, WATCH_FIGURE)}
     except FileNotFoundError:  # no plate came yet

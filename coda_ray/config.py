@@ -673,6 +673,12 @@ class Watch(Section):
     out: Address | None = None
     """Folder or `s3://` address (reached as results are) of the ledger and the report; unset: watch in the results."""
 
+    @model_validator(mode="after")
+    def _source_is_no_target(self) -> Self:
+        if self.source in self.targets:
+            raise ValueError(f"watch.targets = {self.targets}: {self.source!r} is watch.source; leave it out")
+        return self
+
 
 class Online(Section):
     """What jobs/online.py compares: strategies that predict the plates of a target as they arrive, one by one."""

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 5.0
+# Receives lines of progress.
+Say = Callable[[str], None]
 
 
 @contextmanager

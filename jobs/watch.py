@@ -20,7 +20,7 @@ class WatchJob(Config):
     once: CliImplicitFlag[bool] = False
     """Look once, take every plate as far as it goes, and end: for cron. The exit code is 1 when a plate failed."""
     again: list[str] = Field(default_factory=list)
-    """Plates that were set aside and are to be tried once more."""
+    """Plates that were set aside and are to be tried once more: by name, or source/batch/plate where several have that name."""
 
 
 def main() -> int:
@@ -32,11 +32,15 @@ def main() -> int:
     from coda_ray.online.ledger import LostLedgerError
     from coda_ray.online.service import say_line, watch
     from coda_ray.pipeline.matrix import StagesFailedError
+    from coda_ray.pipeline.predict import PredictionError
     from coda_ray.progress import progress_bar
+    from coda_ray.tiles.stream import UnreadableTilesError
     from coda_ray.training.checkpoints import DamagedFileError
 
     config = Config.model_validate(job.model_dump(exclude={"once", "again"}))
-    with told_in_one_line("jobs/watch.py", LostLeaseError, LostLedgerError, StagesFailedError, DamagedFileError):
+    # The source is embedded before the first look, and no plate's fault.
+    of_source = (StagesFailedError, DamagedFileError, PredictionError, UnreadableTilesError)
+    with told_in_one_line("jobs/watch.py", LostLeaseError, LostLedgerError, *of_source):
         return watch(
             config,
             once=job.once,

@@ -74,6 +74,34 @@ class ServedBucket:
 
 
 @pytest.fixture(scope="session")
+def conditional():
+    """An S3 server that knows conditional writes."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        url = "http://{}:{}".format(*server.get_host_and_port())
+        s3fs.S3FileSystem(endpoint_url=url, key=KEY[0], secret=KEY[1], skip_instance_cache=True).mkdir("bucket")
+        yield url
+    finally:
+        server.stop()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def exclusive(request, tmp_path):
+    """An empty place of each kind that refuses overwrites."""
+    from coda_ray.config import Place
+    from coda_ray.storage import open_place
+
+    if request.param == "folder":
+        return open_place(Place(address=str(tmp_path / "deep" / "er")))
+    url = request.getfixturevalue("conditional")
+    return open_place(Place(address=f"s3://bucket/{tmp_path.name}", endpoint_url=url, region="us-east-1"))
+
+
+@pytest.fixture(scope="session")
 def ray_cluster():
     """Ray on this machine, nothing of which is left afterwards; 3 stages at a time, each in a process of 1 GB."""
     import logging

@@ -50,6 +50,7 @@ def test_a_dumped_config_reads_back(tmp_path):
         (["--tiles.address", "gs://b/x"], r"tiles\.address = 'gs://b/x': only s3://.*--tiles\.address"),
         (["--stream.cache", "s3://b/x"], r"stream\.cache = 's3://b/x'"),
         (["--adapt.minibach", "3", "--adapt.lrr=4"], r"--adapt\.minibach: .*did you mean --adapt\.minibatch\?\n--adapt\.lrr: "),
+        (["--watch.source", "a", "--watch.targets", "a,b"], r"watch\.targets = \['a', 'b'\]: 'a' is watch\.source.*leave it out"),
         (["stray"], r"'stray' belongs to no option"),
     ],
 )

@@ -52,30 +52,6 @@ def place(request, served, tmp_path):
     )
 
 
-@pytest.fixture(scope="module")
-def conditional():
-    """An S3 server that knows conditional writes."""
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        url = "http://{}:{}".format(*server.get_host_and_port())
-        s3fs.S3FileSystem(endpoint_url=url, key=KEY[0], secret=KEY[1], skip_instance_cache=True).mkdir("bucket")
-        yield url
-    finally:
-        server.stop()
-
-
-@pytest.fixture(params=["folder", "s3"])
-def exclusive(request, conditional, tmp_path):
-    """An empty place of each kind that refuses overwrites."""
-    if request.param == "folder":
-        return open_place(Place(address=str(tmp_path / "deep" / "er")))
-    return open_place(Place(address=f"s3://bucket/{tmp_path.name}", endpoint_url=conditional, region="us-east-1"))
-
-
 def test_what_is_written_is_read(place):
     here = open_place(place)
     data = bytes(range(256)) * 500

@@ -48,11 +48,15 @@ class Controls:
         Raises
         ------
         ValueError
-            When there are fewer than `LEAST_IMAGES`.
+            When there are fewer than `LEAST_IMAGES`, or a feature of one is no finite number.
         """
         if len(features) < LEAST_IMAGES:
             raise ValueError(f"{len(features)} DMSO image(s), of which nothing can be said; {LEAST_IMAGES} or more are needed")
         values = np.asarray(features, np.float64)
+        if not np.isfinite(values).all():
+            broken = int((~np.isfinite(values)).any(1).sum())
+            told = f"{broken} of {len(values)} DMSO images have features that are no finite numbers"
+            raise ValueError(f"{told}; look at their tiles, or use another model")
         return cls(values.mean(0), values.std(0, ddof=1), len(values))
 
 
@@ -72,17 +76,17 @@ class Reference:
     between: tuple[float, ...]
 
     @classmethod
-    def of(cls, plates: Sequence[NDArray[np.floating]]) -> "Reference":
-        """Describe the source by the (N, D) features of the DMSO images of each of its plates.
+    def of(cls, plates: Sequence[NDArray[np.floating]]) -> "Reference | None":
+        """Describe the source by the (N, D) features of the DMSO images of each of its plates; None where none has any.
 
         Raises
         ------
         ValueError
-            When no plate has DMSO images.
+            When a feature is no finite number.
         """
         known = [plate for plate in plates if len(plate) >= LEAST_IMAGES]
         if not known:
-            raise ValueError("no plate of the source has DMSO images (Metadata_Control = negcon); drift is measured from them")
+            return None
         source = cls(Controls.of(np.concatenate(known)), ())
         if len(known) == 1:
             return source
@@ -102,10 +106,10 @@ class Reference:
         """
         return float(np.sqrt(max(0.0, self._square(one, other))))
 
-    def nearest(self, plate: Controls, known: Sequence[Controls]) -> tuple[int, float]:
-        """Find which of some descriptions a plate is least distant from, and how far; chance does not make a tie of them."""
+    def nearest(self, plate: Controls, known: Sequence[Controls]) -> tuple[int, list[float]]:
+        """Find which of some descriptions a plate is least distant from, and how far each is; chance makes no tie of them."""
         number = int(np.argmin([self._square(plate, one) for one in known]))
-        return number, self.distance(plate, known[number])
+        return number, [self.distance(plate, one) for one in known]
 
     def drift(self, plate: Controls) -> float:
         """Distance of a plate from the source."""

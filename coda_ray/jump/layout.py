@@ -7,6 +7,7 @@ source between acquisitions.
 import csv
 import gzip
 import io
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -88,7 +89,7 @@ def parse_image_list(data: bytes, address: str, channels: Sequence[str], extra: 
         wanted += [f"{part}_{kind}{channel}" for part in ("URL", "PathName", "FileName") for channel in channels]
     try:
         table = _read_strings(data, wanted)
-    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, csv.Error, zlib.error, OSError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{address}: not an image list (Parquet or CSV): {error}") from error
     lacking = {"Metadata_Well", "Metadata_Site"} - set(table)
     if lacking:

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,7 +77,7 @@ def read_tables(folder: Folder) -> Tables:
     Raises
     ------
     ValueError
-        When a table lacks a column or lists its key twice with different content.
+        When a table cannot be unpacked, lacks a column or lists its key twice with different content.
     """
     notes: list[str] = []
     plates = _table(folder, "plate.csv", (*METADATA[:3], "Metadata_PlateType"), METADATA[:3])
@@ -256,7 +257,10 @@ def _read_either(folder: Folder, name: str) -> tuple[str, bytes] | None:
             data = folder.read(path)
         except FileNotFoundError:
             continue
-        return path, gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        try:
+            return path, gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{folder.address(path)}: cannot be unpacked ({error}); copy it again") from error
     return None
 
 

@@ -25,10 +25,12 @@ from coda_ray.storage import Folder, StoredFile, open_place
 from coda_ray.tracking.records import READS_AT_A_TIME
 
 log = logging.getLogger(__name__)
-# A plate with images in more folders is looked at from the folder above them all.
+# A plate with images in more folders is looked at from the folder above them all, where that is its own.
 MOST_FOLDERS = 8
 # Parsed image lists, of about 1 MB each, that are kept from one look to the next.
 LISTS_KEPT = 64
+# Notifications that are in memory together.
+EVENTS_AT_A_TIME = 256
 _NO_LIST, _NO_IMAGE = "its image list is not there", "its image list names no image of the wanted channels"
 _LIST = re.compile(r"([^/]+)/workspace/([^/]+)/([^/]+)/([^/]+)/([^/]+)")
 
@@ -70,15 +72,14 @@ class _Images:
     sites: int
     files: Mapping[Folder, Sequence[str]]
 
-    @property
-    def folders(self) -> tuple[Folder, ...]:
-        """Folders that are listed to find the images."""
-        if len(self.files) <= MOST_FOLDERS:
-            return tuple(self.files)
-        above: dict[bool, list[Folder]] = defaultdict(list)
-        for folder in self.files:
-            above[folder.is_local].append(folder)
-        return tuple(Folder(found[0].fs, posixpath.commonpath([one.root for one in found])) for found in above.values())
+    def folders(self, plate: PlateName) -> tuple[Folder, ...]:
+        """Folders that are listed to find the images of a plate; never one that holds other plates too."""
+        found = tuple(self.files)
+        shared = posixpath.commonprefix([folder.root.split("/") for folder in found])
+        in_one_place = len({folder.is_local for folder in found}) == 1
+        if len(found) <= MOST_FOLDERS or not in_one_place or not any(part.startswith(plate.plate) for part in shared):
+            return found
+        return (Folder(found[0].fs, "/".join(shared)),)
 
 
 class Arrivals:
@@ -120,7 +121,7 @@ class Arrivals:
         Raises
         ------
         OSError
-            When storage does not answer.
+            When storage does not answer, or has no plate table though `ingest.plate_types` asks for one.
         ValueError
             When a metadata table is wrong.
         """
@@ -141,7 +142,7 @@ class Arrivals:
         """Plates of the wanted sources and types that have an image list, with it; and those that wait for a table or a list."""
         lists = self._listed() if self._events is None else self._notified(self._events, skip)
         lists = {plate: lists[plate] for plate in sorted(lists) if plate not in skip and self._is_target(plate.source)}
-        plates = self._tables().plates
+        plates = self.tables().plates
         types = {PlateName(*row[:3]): row[3] for row in plates[[*METADATA[:3], "Metadata_PlateType"]].itertuples(index=False)}
         found, waiting = {}, []
         for plate, image_list in lists.items():
@@ -183,11 +184,25 @@ class Arrivals:
         )
         return {plate: there.get(plate) for plate in named}
 
-    def _tables(self) -> Tables:
-        """The metadata, read again when one of its files has changed."""
+    def tables(self) -> Tables:
+        """Give the metadata, read again when one of its files has changed.
+
+        Raises
+        ------
+        OSError
+            When storage does not answer, or gives no plate, as a share does that is not mounted.
+        ValueError
+            When a table is wrong: somebody may be writing it.
+        """
         files = self.metadata.files()
         if self._known is None or self._known[0] != files:
             self._known = files, read_tables(self.metadata)
+        if self._known[1].plates.empty and self.ingest.plate_types:
+            asked = f"ingest.plate_types = {self.ingest.plate_types}"
+            raise OSError(
+                f"{self.metadata.address()}: plate.csv.gz is missing or empty, and {asked} needs it; mount the folder, "
+                "correct metadata.address, or give ingest.plate_types=[]"
+            )
         return self._known[1]
 
     def _read_list(self, file: StoredFile) -> _Images | str:
@@ -217,7 +232,7 @@ class Arrivals:
                 if isinstance(images, str):
                     yield Waiting(plate, images)
                 else:
-                    groups[images.folders].append((plate, plates[plate], images))
+                    groups[images.folders(plate)].append((plate, plates[plate], images))
             for judged in pool.map(self._judge_group, groups, groups.values()):
                 yield from judged
 
@@ -225,7 +240,10 @@ class Arrivals:
         self, folders: tuple[Folder, ...], plates: Sequence[tuple[PlateName, StoredFile, _Images]]
     ) -> list[Arrival | Waiting]:
         """Judge plates whose images are in the same folders."""
-        there = {folder.path(file.path): file for folder in folders for file in folder.files()}
+        try:
+            there = {folder.path(file.path): file for folder in folders for file in folder.files()}
+        except (OSError, ValueError) as error:  # these alone: the bucket was listed
+            return [Waiting(plate, f"its images cannot be listed: {error}") for plate, _, _ in plates]
         return [self._judge_plate(plate, file, images, there) for plate, file, images in plates]
 
     def _judge_plate(
@@ -270,19 +288,27 @@ class _Events:
 
     def refresh(self, bucket: Folder, dataset: str) -> None:
         """Read the files that are new; one that is no notification is told in the log."""
-        new = [file for file in self.folder.files() if (file.path, file.tag) not in self._read]
+        there = self.folder.files()
+        # Files expire.
+        self._read &= {(file.path, file.tag) for file in there}
+        new = [file for file in there if (file.path, file.tag) not in self._read]
         with ThreadPoolExecutor(READS_AT_A_TIME) as pool:
-            contents = list(pool.map(self._content, new))
-        for file, content in zip(new, contents, strict=True):
-            self._read.add((file.path, file.tag))
-            try:
-                found = list(_new_objects(json.loads(content)))
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                log.warning("%s: no S3 event notification (%r); it is passed over", self.folder.address(file.path), error)
-                continue
-            keys = [_key_in(bucket, name, key) for name, key in found]
-            lists = [one for key in keys if key is not None and (one := _list_of(dataset, key))]
-            self.plates |= dict.fromkeys(plate for plate, _ in lists)
+            for first in range(0, len(new), EVENTS_AT_A_TIME):
+                some = new[first : first + EVENTS_AT_A_TIME]
+                for file, content in zip(some, pool.map(self._content, some), strict=True):
+                    self._take(file, content, bucket, dataset)
+
+    def _take(self, file: StoredFile, content: bytes, bucket: Folder, dataset: str) -> None:
+        """Note the plates whose image list one file names."""
+        self._read.add((file.path, file.tag))
+        try:
+            found = list(_new_objects(json.loads(content)))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            log.warning("%s: no S3 event notification (%r); it is passed over", self.folder.address(file.path), error)
+            return
+        keys = [_key_in(bucket, name, key) for name, key in found]
+        lists = [one for key in keys if key is not None and (one := _list_of(dataset, key))]
+        self.plates |= dict.fromkeys(plate for plate, _ in lists)
 
     def _content(self, file: StoredFile) -> bytes:
         """One file; one that was deleted meanwhile says nothing."""

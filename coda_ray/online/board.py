@@ -53,6 +53,11 @@ class Journey:
         """Whether nothing more is to be done."""
         return self.state in (DONE, ASIDE)
 
+    @property
+    def known(self) -> dict[str, Any]:
+        """All that was noted on the way, by name."""
+        return {name: value for state in STEP_AFTER for name, value in self.facts.get(state, {}).items()}
+
     def take(self, entry: Entry) -> None:
         """Follow one entry."""
         if entry.state == AGAIN:
@@ -117,7 +122,7 @@ def plates_table(found: Iterable[Journey]) -> pd.DataFrame:
     """
     rows = []
     for journey in found:
-        known = {name: journey.facts.get(state, {}).get(name) for state, names in COLUMNS.items() for name in names}
+        known = {name: journey.known.get(name) for names in COLUMNS.values() for name in names}
         reason = journey.failures[-1].facts["reason"] if journey.failures and journey.state != DONE else None
         reason = journey.facts[ASIDE]["reason"] if journey.state == ASIDE else reason
         head = {**journey.plate._asdict(), "state": journey.state, "tries": len(journey.failures) + (journey.state != ASIDE)}

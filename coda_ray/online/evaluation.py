@@ -6,7 +6,7 @@ Labels of the target are read at the end, by the scores. What adaptations cost i
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -25,11 +25,12 @@ from coda_ray.online import meter
 from coda_ray.online.strategies import MEANING, Adaptation, Turn, turns_of
 from coda_ray.pipeline import data
 from coda_ray.pipeline.evaluate import evaluate
-from coda_ray.pipeline.matrix import StagesFailedError, run_stages
-from coda_ray.pipeline.record import job_record
+from coda_ray.pipeline.matrix import StagesFailedError, raise_failures, run_stages
+from coda_ray.pipeline.record import job_record, write_job
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.train_stages import adapt
 from coda_ray.pipeline.transfer import Model, Request, Transfer, model_of, score, with_needs
+from coda_ray.progress import Say
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key, table_bytes
 from coda_ray.tracking.figures import figure_png
@@ -39,7 +40,6 @@ from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.store import REPORT
 from coda_ray.tracking.table import cell_text, markdown_table
 
-Say = Callable[[str], None]
 # Columns where the output is no terminal.
 WIDTH = 150
 SCORES = ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "well_accuracy", "well_macro_f1")
@@ -172,16 +172,11 @@ def compare(config: Config, command: str, say: Say) -> Outcome:
     results, courses = open_place(config.results), plan_courses(config)
     stages = with_needs(stage for course in courses for step in course.steps for stage in (*step.charged, step.answer.evaluation))
     job = _job(config, command, courses, stages)
-    _write_job(results, job)
+    write_job(results, job)
     tracker = Tracker.open(config.tracking, results)
     try:
         tracker.start_job(job)
-        failures = run_stages(config, stages, say, tracker)
-        if failures:
-            told = "\n".join(f"  {title}: {reason}" for title, reason in failures.items())
-            raise StagesFailedError(
-                f"stages failed; those that do not need them are finished:\n{told}\nthe same command again runs what is missing"
-            )
+        raise_failures(run_stages(config, stages, say, tracker))
         records = [_record(config, results, job["key"], course) for course in courses]
         for record in records:
             tracker.course(record)
@@ -292,11 +287,6 @@ def _job(config: Config, command: str, courses: Sequence[Course], stages: Sequen
     return {**record, "whole": False}
 
 
-def _write_job(results: Folder, job: dict[str, Any]) -> None:
-    """Keep the record of the job."""
-    results.write(f"jobs/{job['key']}.json", json.dumps(job, indent=1).encode())
-
-
 def _record(config: Config, results: Folder, job: str, course: Course) -> dict[str, Any]:
     """Look up a course, or score it and keep it."""
     path = f"online/{job}/{course.key}.json"
@@ -365,7 +355,7 @@ def _conclude(
     means = {f"accuracy_{row.strategy}": row.accuracy_mean for row in summary.itertuples()}
     told = f"Mean over plates, {_seeds(summary)}.\n\n{markdown_table(*_cells(summary))}"
     job |= {"whole": True, "summary": told, "scores": means}
-    _write_job(results, job)
+    write_job(results, job)
     tracker.finish_job(job)
     tracker.report(job, files)
     return Outcome(table, summary, [folder.address(name) for name in files], tracker.ui_hint)
@@ -431,4 +421,4 @@ def _cells(summary: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
 def _seeds(summary: pd.DataFrame) -> str:
     """Say over how many seeds the means go."""
     number = int(summary["n_seeds"].max())
-    return f"mean ± std over {number} seed{'s' if number > 1 else ''}"
+    return f"mean ± std over {number} seeds" if number > 1 else "1 seed"

@@ -10,7 +10,6 @@ finds the entry's number taken, because the next holder begins with an entry of 
 import json
 import logging
 import os
-import re
 import socket
 import threading
 import time
@@ -18,12 +17,15 @@ from collections.abc import Callable
 from types import TracebackType
 from uuid import uuid4
 
+from coda_ray.online.numbered import number_and_kind, numbered
+from coda_ray.progress import Say
 from coda_ray.storage import Folder
 
 log = logging.getLogger(__name__)
 BEATS_PER_LEASE = 4
 KEPT_TERMS = 2
-_TERM = re.compile(r"(\d{6,})\.json")
+# Files of a term beside the one that names its holder: what that rewrites, and what ends it.
+BEAT, RELEASED = "beat", "released"
 
 
 class LostLeaseError(RuntimeError):
@@ -75,7 +77,7 @@ class Lease:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.release()
 
-    def acquire(self, wait: bool, say: Callable[[str], None]) -> bool:
+    def acquire(self, wait: bool, say: Say) -> bool:
         """Take the lease.
 
         Parameters
@@ -102,10 +104,10 @@ class Lease:
             # Before the look, so that a pause of this process is not taken for a silence of the other.
             now = self.clock()
             newest = self._newest()
-            released = newest == 0 or self.folder.exists(_released(newest))
+            released = newest == 0 or self.folder.exists(numbered(newest, RELEASED))
             free = released
             if not free:
-                seen = (newest, self._read(_beat(newest)))
+                seen = (newest, self._read(numbered(newest, BEAT)))
                 if watched is None or watched[0] != newest:
                     say(f"{self.folder.address()}: {self._holder(newest)} holds the lease; looking whether it lives")
                 elif seen != watched and not wait:
@@ -133,7 +135,7 @@ class Lease:
         if self.term is None:
             raise LostLeaseError(f"{self.folder.address()}: {self.by} does not hold the lease; acquire it first")
         # Terms follow each other without gaps; old ones are deleted.
-        if self.folder.exists(_term(self.term + 1)) or not self.folder.exists(_term(self.term)):
+        if self.folder.exists(numbered(self.term + 1)) or not self.folder.exists(numbered(self.term)):
             raise LostLeaseError(
                 f"{self.folder.address()}: {self._holder(self.term + 1)} has taken the lease from {self.by}; "
                 "this watcher stops; start it again and it waits for the other one"
@@ -158,7 +160,7 @@ class Lease:
             return
         # Before the write, so that the holder never counts on more time than others give it.
         began = self.clock()
-        self.folder.write(_beat(term), json.dumps({"beat": self._beats + 1}).encode())
+        self.folder.write(numbered(term, BEAT), json.dumps({"beat": self._beats + 1}).encode())
         self._beats, self._alive = self._beats + 1, began
 
     def release(self) -> None:
@@ -168,7 +170,7 @@ class Lease:
         term, self.term = self.term, None
         self._ended.set()
         try:
-            self.folder.write(_released(term), json.dumps({"by": self.by}).encode())
+            self.folder.write(numbered(term, RELEASED), json.dumps({"by": self.by}).encode())
         except OSError as error:
             log.warning("the lease could not be released, and ends in %g s: %s", self.lease_s, error)
 
@@ -176,7 +178,7 @@ class Lease:
         """Take a term, unless somebody else was faster, and give signs of life from now on."""
         began = self.clock()
         holder = {"by": self.by, "host": socket.gethostname(), "pid": os.getpid(), "nonce": uuid4().hex}
-        if not self.folder.create(_term(term), json.dumps(holder).encode()):
+        if not self.folder.create(numbered(term), json.dumps(holder).encode()):
             return False
         self._ended.set()
         self.term, self._alive, self._beats, self._ended = term, began, 0, threading.Event()
@@ -193,13 +195,14 @@ class Lease:
 
     def _forget(self, last: int) -> None:
         """Delete the files of terms until then; whoever held one finds it gone."""
-        old = [name for name in self.folder.names() if name[:6].isdigit() and int(name.partition(".")[0]) <= last]
+        old = [name for name in self.folder.names() if (found := number_and_kind(name)) and found[0] <= last]
         for name in old:
             self.folder.delete(name)
 
     def _newest(self) -> int:
         """Number of the newest term, 0 where there is none."""
-        return max((int(match[1]) for name in self.folder.names() if (match := _TERM.fullmatch(name))), default=0)
+        found = filter(None, map(number_and_kind, self.folder.names()))
+        return max((number for number, kind in found if not kind), default=0)
 
     def _read(self, name: str) -> bytes:
         """Content of a file, empty where it is not there."""
@@ -211,22 +214,7 @@ class Lease:
     def _holder(self, term: int) -> str:
         """The holder of a term, for people."""
         try:
-            found = json.loads(self._read(_term(term)))
+            found = json.loads(self._read(numbered(term)))
             return f"{found['by']} (process {found['pid']} on {found['host']})"
         except (ValueError, TypeError, KeyError):
             return f"the holder of term {term}"
-
-
-def _term(term: int) -> str:
-    """File that names the holder of a term."""
-    return f"{term:06d}.json"
-
-
-def _beat(term: int) -> str:
-    """File that the holder of a term rewrites."""
-    return f"{term:06d}.beat.json"
-
-
-def _released(term: int) -> str:
-    """File that ends a term."""
-    return f"{term:06d}.released.json"

@@ -5,7 +5,6 @@ write one number, and a reader sees an entry whole or not at all. Entry 0 says w
 """
 
 import json
-import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,11 +14,11 @@ from uuid import uuid4
 
 from coda_ray.config import ConfigError
 from coda_ray.jump.layout import PlateName
+from coda_ray.online.numbered import number_and_kind, numbered
 from coda_ray.storage import Folder
 from coda_ray.tracking.records import READS_AT_A_TIME
 
 BEGUN = "begun"
-_NAME = re.compile(r"(\d{6,})\.json")
 
 
 class LostLedgerError(RuntimeError):
@@ -141,10 +140,11 @@ class Ledger:
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
         entry = Entry(len(self.entries), plate, state, json.loads(json.dumps(facts, allow_nan=False)), at, self.by)
         content = json.dumps(asdict(entry) | {"nonce": uuid4().hex}, indent=1)
-        if not self.folder.create(_name(entry.number), content.encode()):
+        if not self.folder.create(numbered(entry.number), content.encode()):
             other = self._read(entry.number)
+            address = self.folder.address(numbered(entry.number))
             raise LostLedgerError(
-                f"{self.folder.address(_name(entry.number))}: {other.by} wrote this entry at {other.at}, before {self.by} could; "
+                f"{address}: {other.by} wrote this entry at {other.at}, before {self.by} could; "
                 "one watcher at a time writes a ledger: stop one of them and start the other again"
             )
         self.entries.append(entry)
@@ -206,19 +206,19 @@ class Ledger:
 
     def _number(self, name: str) -> int:
         """Number of an entry by the name of its file."""
-        match = _NAME.fullmatch(name)
-        if not match:
+        found = number_and_kind(name)
+        if found is None or found[1]:
             raise ValueError(
                 f"{self.folder.address(name)}: belongs to no ledger; move it elsewhere, or give watch.out=another folder"
             )
-        return int(match[1])
+        return found[0]
 
     def _read(self, number: int) -> Entry:
         """Read one entry."""
-        address = self.folder.address(_name(number))
+        address = self.folder.address(numbered(number))
         remedy = "restore it from a copy, or begin another ledger by watch.out=another folder"
         try:
-            found = json.loads(self.folder.read(_name(number)))
+            found = json.loads(self.folder.read(numbered(number)))
             plate = None if found["plate"] is None else PlateName(*found["plate"])
             entry = Entry(found["number"], plate, *(found[name] for name in ("state", "facts", "at", "by")))
         except FileNotFoundError:
@@ -228,11 +228,6 @@ class Ledger:
         if entry.number != number:
             raise ValueError(f"{address}: holds the entry of number {entry.number!r}; {remedy}")
         return entry
-
-
-def _name(number: int) -> str:
-    """File of an entry."""
-    return f"{number:06d}.json"
 
 
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any], above: str = "") -> tuple[str, str, str] | None:

@@ -1,6 +1,7 @@
 """How far plates are from the source and from each other: DMSO images in features of the source's extractor."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from coda_ray.analysis.drift import LEAST_IMAGES, Controls, Reference
-from coda_ray.config import Config
+from coda_ray.config import Config, ConfigError
 from coda_ray.jump.layout import PlateName
 from coda_ray.jump.tables import CONTROL, NEGATIVE_CONTROL
 from coda_ray.learn.exported import ExportedModel
@@ -37,28 +38,39 @@ class DriftMeter:
         self.config, self.model, self.progress = config, model, progress
         self._folder = predictions_folder(config, model.key)
         self._known: dict[tuple[PlateName, ...], Controls | None] = {}
-        self._reference: Reference | None = None
 
-    @property
-    def reference(self) -> Reference:
-        """The controls of the source's training plates.
-
-        Raises
-        ------
-        ValueError
-            When they have none.
-        """
-        if self._reference is None:
-            source = self.config.watch.source or ""
-            index = data.training_tiles(self.config, source).without_labels()
-            self.embed([index], f"embedding {source}")
-            self._reference = Reference.of([self._features((plate,)) for plate in plates_of(index)])
-        return self._reference
+    @cached_property
+    def reference(self) -> Reference | None:
+        """The controls of the source's training plates; None where they have none."""
+        source = self.config.watch.source or ""
+        index = data.training_tiles(self.config, source).without_labels()
+        self.embed([index], f"embedding {source}")
+        return Reference.of([self._features((plate,)) for plate in plates_of(index)])
 
     @property
     def threshold(self) -> float | None:
         """Distance above which no model fits; None where there is no measure."""
-        return self.config.watch.drift_threshold or self.reference.threshold
+        return self.config.watch.drift_threshold or (self.reference.threshold if self.reference else None)
+
+    def require(self) -> None:
+        """Make sure that plates can be compared with the source, and that there is a threshold.
+
+        Raises
+        ------
+        ConfigError
+            When the source has no DMSO images, or a single training plate and no `watch.drift_threshold`.
+        """
+        source, policy = self.config.watch.source, f"watch.policy = {self.config.watch.policy}"
+        if self.reference is None:
+            raise ConfigError(
+                f"{policy}: no training plate of {source} has {LEAST_IMAGES} DMSO images (Metadata_Control = negcon), from which "
+                "drift is measured; give jobs/ingest.py the well and control tables, or take --watch.policy plate or batch"
+            )
+        if self.threshold is None:
+            raise ConfigError(
+                f"watch.drift_threshold is unset, and cannot be measured, because {source} has a single training plate with DMSO "
+                f"images ({policy}); give --watch.drift_threshold, ingest more plates of {source}, or take --watch.policy plate"
+            )
 
     def embed(self, indices: Sequence[TileIndex], title: str) -> None:
         """Predict tiles with the source's model, many plates in one go; a look-up where that was done."""

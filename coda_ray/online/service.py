@@ -14,9 +14,11 @@ from coda_ray.online.board import AGAIN, ASIDE, DONE, journeys
 from coda_ray.online.lease import Lease
 from coda_ray.online.ledger import Ledger
 from coda_ray.online.meter import Progress
-from coda_ray.online.serving import Models, Say, watch_folder
-from coda_ray.online.watcher import FIGURE, TABLE, Watcher
+from coda_ray.online.serving import Models, watch_folder
+from coda_ray.online.watcher import Watcher
+from coda_ray.progress import Say
 from coda_ray.storage import open_place
+from coda_ray.tracking.records import WATCH_FIGURE, WATCH_TABLE
 from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.store import RunStore
 
@@ -39,12 +41,12 @@ def watch(config: Config, *, once: bool, command: str, say: Say, progress: Progr
     progress
         Makes the progress of a title and a unit.
     again
-        Names of plates that were set aside and are to be tried once more.
+        Plates that were set aside and are to be tried once more: names, or source/batch/plate.
 
     Returns
     -------
     int
-        0; with `once` 1 where a plate failed.
+        0; with `once` 1 where a plate failed, or where another watcher works and `again` was asked for.
 
     Raises
     ------
@@ -60,6 +62,9 @@ def watch(config: Config, *, once: bool, command: str, say: Say, progress: Progr
     folder, by = watch_folder(config), f"{socket.gethostname()}:{os.getpid()}"
     with Lease(folder.child("lease"), by, config.watch.lease_s) as lease:
         if not lease.acquire(wait=not once, say=say):
+            if again:
+                say("another watcher is at work, so --again was not done; stop that one, or start it again with --again")
+                return 1
             say("another watcher is at work; nothing to do")
             return 0
         start_ray()
@@ -92,28 +97,36 @@ def _begin(config: Config, lease: Lease, by: str, tracker: Tracker, command: str
             raise ConfigError("watch.register_as is set, but nothing is sent to MLflow; set MLFLOW_TRACKING_URI, or unset it")
         models.begin()
         watcher = Watcher(config, models, ledger, lease, tracker, say, progress)
-        # Without controls of the source there is nothing to compare a plate with.
-        _ = watcher.meter.reference
+        if config.watch.policy == "nearest":
+            watcher.meter.require()
     except FileNotFoundError as error:  # tiles of the source that are not there
         raise ConfigError(str(error)) from error
     return watcher
 
 
 def _try_again(watcher: Watcher, names: Sequence[str]) -> None:
-    """Take plates that were set aside up again.
+    """Take plates that were set aside up again; of one that was not this is told, because the same command may be started twice.
 
     Raises
     ------
     ConfigError
-        When none of that name was.
+        When no plate of that name has arrived, or several have.
     """
-    aside = {plate.plate: plate for plate, journey in journeys(watcher.ledger.entries).items() if journey.state == ASIDE}
     for name in names:
-        if name not in aside:
-            there = ", ".join(sorted(aside)) or "none"
-            raise ConfigError(f"again = {name!r}: no such plate was set aside; these were: {there}")
+        found = journeys(watcher.ledger.entries)
+        named = [journey for plate, journey in found.items() if name in (plate.plate, "/".join(plate))]
+        if len(named) > 1:
+            several = ", ".join("/".join(journey.plate) for journey in named)
+            raise ConfigError(f"again = {name!r}: several plates have that name; give one of {several}")
+        if not named:
+            aside = ", ".join("/".join(plate) for plate, journey in found.items() if journey.state == ASIDE) or "none"
+            raise ConfigError(f"again = {name!r}: no such plate has arrived; these were set aside: {aside}")
+        (journey,) = named
+        if journey.state != ASIDE:
+            watcher.say(f"{'/'.join(journey.plate)}: is not set aside but {journey.state}; it goes on from there")
+            continue
         watcher.lease.check()
-        watcher.ledger.append(aside[name], AGAIN)
+        watcher.ledger.append(journey.plate, AGAIN)
 
 
 def _look_for_ever(watcher: Watcher, say: Say, wait: Callable[[float], None] = time.sleep) -> NoReturn:
@@ -136,7 +149,7 @@ def _summary(watcher: Watcher) -> str:
     found = [journey.state for journey in journeys(watcher.ledger.entries).values()]
     ended = {state: found.count(state) for state in (DONE, ASIDE)}
     waiting = len(found) - sum(ended.values())
-    files = ", ".join(watcher.folder.address(name) for name in (TABLE, FIGURE)) if found else "nothing yet"
+    files = ", ".join(watcher.folder.address(name) for name in (WATCH_TABLE, WATCH_FIGURE)) if found else "nothing yet"
     return f"{len(found)} plates: {ended[DONE]} reported, {ended[ASIDE]} set aside, {waiting} on their way; {files}"
 
 

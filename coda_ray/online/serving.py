@@ -1,30 +1,30 @@
 """The models that a watcher predicts with: that of the source, and one for each unit that was adapted to."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from coda_ray.config import Config, ConfigError, Granularity
 from coda_ray.jump.prepare import preparation_of
-from coda_ray.pipeline.matrix import StagesFailedError, run_stages
-from coda_ray.pipeline.models import Export, StoredModel, export_of, stored_models
-from coda_ray.pipeline.record import job_record
+from coda_ray.pipeline.matrix import raise_failures, run_stages
+from coda_ray.pipeline.models import Export, StoredModel, export_of, read_stage, stored_models
+from coda_ray.pipeline.record import job_record, write_job
 from coda_ray.pipeline.stage import Stage, settings_of
 from coda_ray.pipeline.train_stages import adapt
 from coda_ray.pipeline.transfer import Request, model_of, with_needs
+from coda_ray.progress import Say
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileStore, content_key
+from coda_ray.tracking.records import WATCH
 from coda_ray.tracking.runs import Tracker
-
-Say = Callable[[str], None]
 
 
 def watch_folder(config: Config) -> Folder:
     """Open the folder of the ledger, the lease and the report."""
     if config.watch.out:
         return open_place(config.results.model_copy(update={"address": config.watch.out}))
-    return open_place(config.results).child("watch")
+    return open_place(config.results).child(WATCH)
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,7 @@ class Models:
         upstream = with_needs([self.base.classifier])
         self._note_job()
         self.tracker.start_job(self.record)
-        failures = run_stages(self.config, upstream, self.say, self.tracker)
-        if failures:
-            told = "; ".join(f"{title}: {reason}" for title, reason in failures.items())
-            raise StagesFailedError(f"the model of {self.source.unit} could not be made: {told}")
+        raise_failures(run_stages(self.config, upstream, self.say, self.tracker))
         self._own = set(self._stages_before())
         models = (model for model in stored_models(self.results) if model.classifier.key == self.base.classifier.key)
         self._finished = {model.last.path: model for model in models if model.adapted}
@@ -200,13 +197,16 @@ class Models:
         return float((self._stage(choice).facts(self.results) or {}).get("seconds", 0.0)) if choice.plates else 0.0
 
     def _stage(self, choice: Choice) -> Stage:
-        """Plan the adaptation of a choice again.
+        """Read the adaptation of a choice back, or plan it again where it is not finished.
 
         Raises
         ------
         ConfigError
-            When it would be another one now.
+            When it is not finished, and would be another one now.
         """
+        # Tiles that it knew of may have been prepared anew since.
+        if self.results.exists(f"{choice.stage}/done.json"):
+            return read_stage(self.results, choice.stage)
         stage = self._plan(choice.target, choice.granularity, choice.unit, choice.plates)
         if stage.path != choice.stage:
             raise ConfigError(f"{choice.text}: tiles or settings have changed since this model was chosen, and it cannot be made")
@@ -223,7 +223,7 @@ class Models:
     def _note_job(self) -> None:
         """Write the record of the watcher's job, by which its models are found and exported."""
         settings = self.config.watch
-        targets = sorted({path.partition("/")[0] for path in self._store().plates(settings.targets)} - {self.source.unit})
+        targets = sorted({path.partition("/")[0] for path in self.tiles.plates(settings.targets)} - {self.source.unit})
         record = job_record(
             self.config,
             key=self.key,
@@ -237,7 +237,7 @@ class Models:
         stages = list(dict.fromkeys([*self._stages_before(), *record["stages"], *sorted(self._own)]))
         # Not whole: it never is, and nothing but the watcher itself ends its run.
         self.record = {**record, "stages": stages, "whole": False}
-        self.results.write(f"jobs/{self.key}.json", json.dumps(self.record, indent=1).encode())
+        write_job(self.results, self.record)
 
     def _stages_before(self) -> list[str]:
         """Read the stages of the same job, as a watcher before this one noted them."""
@@ -246,6 +246,7 @@ class Models:
         except FileNotFoundError:
             return []
 
-    def _store(self) -> TileStore:
-        """Open the tile store."""
+    @property
+    def tiles(self) -> TileStore:
+        """The tile store."""
         return TileStore.open(open_place(self.config.tiles), preparation_of(self.config))

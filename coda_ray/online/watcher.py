@@ -9,8 +9,12 @@ adaptations that they ask for run side by side.
 """
 
 import json
+import logging
+import math
+import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -20,31 +24,36 @@ from coda_ray.analysis.drift import Controls
 from coda_ray.config import Config
 from coda_ray.jump.ingest import IngestError, run_ingest
 from coda_ray.jump.layout import PlateName
-from coda_ray.jump.tables import CONTROL, NEGATIVE_CONTROL, Tables, read_tables, wells_expected
+from coda_ray.jump.tables import CONTROL, NEGATIVE_CONTROL, Tables, wells_expected
 from coda_ray.learn.exported import ModelError
 from coda_ray.online.arrivals import Arrivals, complete_batch
 from coda_ray.online.board import ASIDE, DONE, FAILED, STEP_AFTER, Journey, journeys, plates_table
-from coda_ray.online.lease import Lease
-from coda_ray.online.ledger import Ledger
+from coda_ray.online.lease import Lease, LostLeaseError
+from coda_ray.online.ledger import Ledger, LostLedgerError
 from coda_ray.online.meter import DriftMeter, Progress, plates_of, tiles_of_plate
-from coda_ray.online.serving import Choice, Models, Say, watch_folder
+from coda_ray.online.serving import Choice, Models, watch_folder
 from coda_ray.pipeline import data
 from coda_ray.pipeline.models import Export
 from coda_ray.pipeline.predict import PredictionError, predict, predictions_folder
+from coda_ray.progress import Say
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import TileIndex, read_parquet
 from coda_ray.tiles.stream import UnreadableTilesError
 from coda_ray.tracking.figures import figure_png
-from coda_ray.tracking.records import WATCHED
+from coda_ray.tracking.records import WATCH_FIGURE, WATCH_TABLE, read_record, watched_path
 from coda_ray.tracking.registry import RegistryError, register
 from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.watch_figures import drift_figure
 from coda_ray.training.checkpoints import DamagedFileError
 
+log = logging.getLogger(__name__)
 KNOWN = "known"
-TABLE, FIGURE = "plates.csv", "drift.png"
-# What speaks of one plate, as long as storage answers.
-PLATE_ERRORS = (ValueError, OSError, IngestError, PredictionError, UnreadableTilesError, ModelError, DamagedFileError, RayError)
+# Plates that are sent to MLflow again after a watcher that was killed: more than one look takes.
+SENT_AGAIN = 100
+# Somebody else works on the ledger: no plate's fault.
+LOST = (LostLeaseError, LostLedgerError)
+# What may happen to a plate; of anything else the log has the traceback.
+EXPECTED = (ValueError, OSError, IngestError, PredictionError, UnreadableTilesError, ModelError, DamagedFileError, RayError)
 Reached = tuple[str, dict[str, Any]]
 
 
@@ -92,11 +101,15 @@ class Watcher:
         self.arrivals = Arrivals(config, clock)
         self.meter = DriftMeter(config, models.export(models.source).model, progress)
         self.failed = 0
-        self._waiting: dict[PlateName, str] = {}
+        # What was said of a plate or a unit last.
+        self._told: dict[PlateName | Choice, str] = {}
+        # Units of which a plate of this look could not be told how far it is.
+        self._damaged: set[Choice] = set()
         # Entries that the table shows; what a watcher before this one left, it may not have shown.
         self._tabulated = 0
-        self._tables: Tables | None = None
         self._note_units()
+        if lease.took_over:
+            self._send_again()
 
     def look(self) -> bool:
         """Look at the bucket once, and take every plate as far as it goes.
@@ -115,12 +128,13 @@ class Watcher:
         """
         self.lease.check()
         self.tracker.try_again()
-        self._tables = None
+        self._damaged.clear()
         # An entry whose answer was lost may have been written.
         self.ledger.refresh()
         before = len(self.ledger.entries)
         self._arrive()
         self._step_all("arrived")
+        data.forget()
         self._embed(self._due("ingested"))
         self._step_all("ingested")
         self._step_all("checked")
@@ -135,12 +149,12 @@ class Watcher:
         """Note plates that are new."""
         try:
             arrived, waiting = self.arrivals.look(set(journeys(self.ledger.entries)))
-        except (ValueError, EOFError) as error:  # a table that is just being written
+        except ValueError as error:  # a table that is just being written
             raise OSError(f"the metadata cannot be read: {error}") from error
         for arrival in arrived:
             self._note(arrival.plate, "arrived", sites=arrival.sites, missing=arrival.missing)
         for one in waiting:
-            self._wait(one.plate, one.reason)
+            self._tell(one.plate, "/".join(one.plate), f"waiting: {one.reason}")
 
     def _due(self, state: str) -> list[Journey]:
         """List the plates in a state that may be tried now, in the order of arrival."""
@@ -153,7 +167,9 @@ class Watcher:
             step = STEP_AFTER[state]
             try:
                 reached: Reached | None = getattr(self, f"_{step}")(journey)
-            except PLATE_ERRORS as error:
+            except LOST:
+                raise
+            except Exception as error:
                 self._fail(journey, step, error)
                 continue
             if reached:
@@ -166,11 +182,11 @@ class Watcher:
         told = ", ".join(f"{name} {_short(value)}" for name, value in facts.items() if isinstance(value, int | float | str))
         self.say(f"{'/'.join(plate)}: {state}{f': {told}' if told else ''}")
 
-    def _wait(self, plate: PlateName, reason: str) -> None:
-        """Say once why a plate waits."""
-        if self._waiting.get(plate) != reason:
-            self.say(f"{'/'.join(plate)}: waiting: {reason}")
-            self._waiting[plate] = reason
+    def _tell(self, about: PlateName | Choice, name: str, text: str) -> None:
+        """Say something of a plate or a unit, once."""
+        if self._told.get(about) != text:
+            self.say(f"{name}: {text}")
+            self._told[about] = text
 
     def _fail(self, journey: Journey, step: str, error: Exception) -> None:
         """Note a failed try, and set the plate aside after the last.
@@ -182,6 +198,8 @@ class Watcher:
         """
         self._make_sure_that_storage_answers(error)
         self.failed += 1
+        if not isinstance(error, EXPECTED):
+            log.error("%s: %s failed", "/".join(journey.plate), step, exc_info=error)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         self._note(journey.plate, FAILED, step=step, reason=reason)
         if isinstance(error, UnfitPlateError) or len(journey.failures) + 1 >= self.settings.tries:
@@ -196,10 +214,8 @@ class Watcher:
         config = self.config.model_copy(update={"ingest": wanted})
         with self.progress(f"ingesting {plate.plate}", "sites") as show:
             done = run_ingest(config, lambda now: show(now.sites_done, now.sites_total))
-        data.forget()
         try:
-            folder = data.stored_tiles(self.config, plate.source).folder
-            note = json.loads(folder.read(f"{'/'.join(plate)}/plate.json"))
+            note = json.loads(self.models.tiles.folder.read(f"{'/'.join(plate)}/plate.json"))
         except FileNotFoundError:
             raise IngestError("; ".join(done.notes) or "its tiles were not written") from None
         return "ingested", {"tiles": note["tiles"], "quarantined": note["quarantined"]}
@@ -217,16 +233,21 @@ class Watcher:
         if smallest < self.meter.model.tile_crop:
             raise UnfitPlateError(f"tiles of {smallest} px are smaller than the model's crop of {self.meter.model.tile_crop} px")
         self.meter.embed([index], f"embedding {journey.plate.plate}")
-        own = self.meter.controls([journey.plate])
-        drift = None if own is None else round(self.meter.reference.drift(own), 4)
+        try:
+            own = self.meter.controls([journey.plate])
+        except ValueError as error:
+            raise UnfitPlateError(f"its DMSO images cannot be compared: {error}") from error
+        reference = self.meter.reference
+        drift = None if own is None or reference is None else round(reference.drift(own), 4)
         images = int((index.frame[CONTROL] == NEGATIVE_CONTROL).sum())
         return "checked", {"wells": len(wells), "expected": len(expected), "controls": images, "drift_source": drift}
 
     def _choose(self, journey: Journey) -> Reached | None:
         """Choose the model of a plate, by the policy."""
         policy, threshold = self.settings.policy, self.meter.threshold
-        near, distance = self._nearest(journey)
-        facts: dict[str, Any] = {"nearest": near.text, "drift_nearest": distance, "threshold": threshold}
+        near, distances = self._nearest(journey)
+        distance = min(distances.values(), default=None)
+        facts: dict[str, Any] = {"nearest": near.text, "drift_nearest": distance, "threshold": threshold, "distances": distances}
         if policy == "batch":
             choice, why = self._batch_model(journey), "its batch is complete"
             if choice is None:
@@ -268,27 +289,44 @@ class Watcher:
             return register(self.config, name, export.files, export.model.key, origin).address
         except RegistryError as error:
             stage, classifier = choice.stage, self.models.base.classifier.path
-            by_hand = f"jobs/export.py --register {name} --stage {stage} --classifier {classifier}"
+            by_hand = f"jobs/export.py {self._config_option()} --register {name} --stage {stage} --classifier {classifier}"
             self.say(f"{error}; the plate goes on without, and {by_hand} does it later")
             return None
 
+    def _config_option(self) -> str:
+        """Give the option of the watcher's own command that names its configuration."""
+        words = [part for word in shlex.split(self.models.command) for part in word.split("=", 1)]
+        return next((f"--config {shlex.quote(file)}" for word, file in pairwise(words) if word == "--config"), "--config FILE")
+
     def _report(self, journey: Journey) -> Reached:
         """Keep the record of a plate, and send it with its picture to MLflow."""
-        chosen, predicted = journey.facts["chosen"], journey.facts["predicted"]
         record = {
             "key": f"{self.models.key} {'/'.join(journey.plate)}",
             "job": self.models.key,
             "number": list(journeys(self.ledger.entries)).index(journey.plate) + 1,
             **journey.plate._asdict(),
-            **{name: value for state in STEP_AFTER for name, value in journey.facts[state].items()},
+            **journey.known,
             "tries": len(journey.failures) + 1,
-            "adaptation_seconds": self.models.seconds(Choice.of(chosen)),
+            "adaptation_seconds": self.models.seconds(Choice.of(journey.facts["chosen"])),
         }
-        path = f"{WATCHED}/{self.models.key}/{'_'.join(journey.plate)}.json"
-        open_place(self.config.results).write(path, json.dumps(record, indent=1).encode())
-        picture = predictions_folder(self.config, predicted["model_key"]).read(f"{'/'.join(journey.plate)}/plate.png")
-        self.tracker.plate(record, picture)
+        path = watched_path(self.models.key, journey.plate)
+        self.models.results.write(path, json.dumps(record, indent=1).encode())
+        self._send(journey, record)
         return DONE, {}
+
+    def _send(self, journey: Journey, record: Mapping[str, Any]) -> None:
+        """Hand a plate to MLflow; what is sent when is the tracker's matter."""
+        predictions = predictions_folder(self.config, journey.facts["predicted"]["model_key"])
+        self.tracker.plate(record, predictions.read(f"{'/'.join(journey.plate)}/plate.png"))
+
+    def _send_again(self) -> None:
+        """Hand over what a watcher that was killed had reported and may not have sent; MLflow keeps each plate once."""
+        reported = [journey for journey in journeys(self.ledger.entries).values() if journey.state == DONE]
+        for journey in reported[-SENT_AGAIN:]:
+            try:
+                self._send(journey, read_record(self.models.results, watched_path(self.models.key, journey.plate)))
+            except FileNotFoundError as error:  # somebody tidied up
+                log.warning("%s: is not sent to MLflow again: %s is gone", "/".join(journey.plate), error)
 
     # What all plates of a look share.
 
@@ -298,7 +336,7 @@ class Watcher:
             indices = [tiles_of_plate(self.config, journey.plate) for journey in due]
             if indices:
                 self.meter.embed(indices, f"embedding {len(indices)} plates")
-        except PLATE_ERRORS as error:
+        except Exception as error:
             if len(due) > 1:
                 self.say(f"plates are embedded one by one, because together: {error}")
 
@@ -313,9 +351,9 @@ class Watcher:
         """Write the table of all plates and the picture of their drift."""
         table = plates_table(journeys(self.ledger.entries).values())
         content, self._tabulated = table.to_csv(index=False).encode(), len(self.ledger.entries)
-        if table.empty or (self.folder.exists(TABLE) and self.folder.read(TABLE) == content):
+        if table.empty or (self.folder.exists(WATCH_TABLE) and self.folder.read(WATCH_TABLE) == content):
             return
-        files = {FIGURE: figure_png(drift_figure(table)), TABLE: content}
+        files = {WATCH_FIGURE: figure_png(drift_figure(table)), WATCH_TABLE: content}
         for name, content in files.items():
             self.folder.write(name, content)
         self.tracker.watched(table, files)
@@ -333,7 +371,8 @@ class Watcher:
         batch = complete_batch(self._metadata(), plate.source, plate.batch, self.config.ingest.plate_types)
         missing = [name.plate for name in batch if name not in found or found[name].state in ("arrived", "ingested")]
         if missing:
-            self._wait(plate, f"its batch lacks {len(missing)} of {len(batch)} plates: {', '.join(missing[:5])}")
+            lacking = f"its batch lacks {len(missing)} of {len(batch)} plates: {', '.join(missing[:5])}"
+            self._tell(plate, "/".join(plate), f"waiting: {lacking}")
             return None
         last = max(found[name].number for name in batch if found[name].state != ASIDE)
         return self.models.adapted_to(plate.source, "batch", plate.batch, self._known_until(plate.source, last))
@@ -344,14 +383,18 @@ class Watcher:
         known = [journey for journey in found if journey.number <= number and journey.plate.source == source]
         return [journey.plate.plate for journey in known if journey.state not in ("arrived", "ingested", ASIDE)]
 
-    def _nearest(self, journey: Journey) -> tuple[Choice, float | None]:
-        """Find the model whose unit a plate's controls are least distant from."""
+    def _nearest(self, journey: Journey) -> tuple[Choice, dict[str, float]]:
+        """Find the model whose unit a plate's controls are least distant from, and how far each unit is, by its text."""
         own, reference = self.meter.controls([journey.plate]), self.meter.reference
-        if own is None:
-            return self.models.source, None
+        if own is None or reference is None:
+            return self.models.source, {}
         known = [(self.models.source, reference.source), *self._units(journey)]
-        number, distance = reference.nearest(own, [controls for _, controls in known])
-        return known[number][0], round(distance, 4)
+        number, found = reference.nearest(own, [controls for _, controls in known])
+        distances: dict[str, float] = {}
+        for (choice, _), far in zip(known, found, strict=True):
+            # Several models of one unit may know of different plates.
+            distances[choice.text] = min(round(far, 4), distances.get(choice.text, math.inf))
+        return known[number][0], distances
 
     def _units(self, journey: Journey) -> Iterator[tuple[Choice, Controls]]:
         """Give the units adapted to, by other jobs and for plates that came before this one, with their controls."""
@@ -361,9 +404,19 @@ class Watcher:
         own = [Choice.of(other.facts["chosen"]) for other in earlier if other.state not in ("checked", ASIDE)]
         known = dict.fromkeys([*by_others, *(choice for choice in own if choice.plates)])
         for choice in filter(self.models.has, known):
-            controls = self.meter.controls(self._plates_of(choice))
+            controls = None if choice in self._damaged else self._controls_of(choice)
             if controls is not None:
                 yield choice, controls
+
+    def _controls_of(self, choice: Choice) -> Controls | None:
+        """Describe the controls of a unit; None where they are too few, or cannot be read: no new plate's fault."""
+        try:
+            return self.meter.controls(self._plates_of(choice))
+        except Exception as error:
+            self._make_sure_that_storage_answers(error)
+            self._damaged.add(choice)
+            self._tell(choice, choice.text, f"is passed over, because its tiles or features cannot be read: {error}")
+            return None
 
     def _plates_of(self, choice: Choice) -> list[PlateName]:
         """List the plates of a unit that are in the tile store, embedded."""
@@ -392,19 +445,17 @@ class Watcher:
             self.ledger.append(None, KNOWN, units=fresh)
 
     def _metadata(self) -> Tables:
-        """Read the metadata tables, which grow, once in a look.
+        """Read the metadata tables, which grow.
 
         Raises
         ------
         OSError
             When they cannot be read: somebody may be writing one.
         """
-        if self._tables is None:
-            try:
-                self._tables = read_tables(open_place(self.config.metadata))
-            except (ValueError, EOFError) as error:
-                raise OSError(f"the metadata cannot be read: {error}") from error
-        return self._tables
+        try:
+            return self.arrivals.tables()
+        except ValueError as error:
+            raise OSError(f"the metadata cannot be read: {error}") from error
 
     def _make_sure_that_storage_answers(self, error: Exception) -> None:
         """Ask bucket, tiles and results for something that they have.
@@ -412,13 +463,17 @@ class Watcher:
         Raises
         ------
         OSError
-            When one of them does not answer, or the metadata cannot be read: then the error is no plate's.
+            When one of them does not answer or has nothing, or the metadata cannot be read: then the error is no plate's.
         """
-        for place in (self.config.bucket, self.config.tiles, self.config.results):
+        for name in ("bucket", "tiles", "results"):
+            place = open_place(getattr(self.config, name))
             try:
-                open_place(place).names()
+                there = place.names()
             except OSError as outage:
                 raise OSError(f"{error}; storage does not answer: {outage}") from error
+            if not there:
+                gone = f"{place.address()}: nothing is there any more; mount it, or correct {name}.address"
+                raise OSError(f"{error}; {gone}") from error
         self._metadata()
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
 from typing import Any, cast, get_args
@@ -24,6 +24,7 @@ from coda_ray.pipeline.profile import WELL_ID
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.train_stages import pretrain, root_of
 from coda_ray.pipeline.transfer import BOOTSTRAP_SEED, Request, Transfer, plan, stages_of, unadapted
+from coda_ray.progress import Say
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import COMPOUND, LABEL, UNIT_COLUMNS, TileIndex, content_key, read_tiles
 from coda_ray.tracking.findings import (
@@ -51,7 +52,6 @@ RIVALS: list[tuple[Method, Method]] = [
     ("sphering", "probe"),
     ("harmony", "probe"),
 ]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

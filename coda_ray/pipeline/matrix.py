@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -14,10 +14,11 @@ import ray
 
 from coda_ray.config import Config, ConfigError
 from coda_ray.pipeline.data import DataError
-from coda_ray.pipeline.record import TRAINING, job_record
+from coda_ray.pipeline.record import TRAINING, job_record, write_job
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.task import Facts, cause_of, nodes, room, submit
 from coda_ray.pipeline.transfer import Request, Transfer, plan, score, stages_of, unadapted
+from coda_ray.progress import Say
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key
 from coda_ray.tracking.figures import figure_png, matrix_figures
@@ -93,9 +94,7 @@ def job_key(kind: str, requests: Sequence[Request], stages: Sequence[Stage]) -> 
     return content_key({"kind": kind, "requests": [vars(request) for request in requests], "stages": [s.key for s in stages]})
 
 
-def run_stages(
-    config: Config, stages: Sequence[Stage], say: Callable[[str], None], tracker: Tracker | None = None
-) -> dict[str, str]:
+def run_stages(config: Config, stages: Sequence[Stage], say: Say, tracker: Tracker | None = None) -> dict[str, str]:
     """Run what is missing of some stages that no transfer is scored by; what they need is finished.
 
     Parameters
@@ -119,9 +118,28 @@ def run_stages(
     return runner.failures
 
 
-def run_transfers(
-    config: Config, requests: Sequence[Request], *, kind: str, name: str, command: str, say: Callable[[str], None]
-) -> Outcome:
+def raise_failures(failures: Mapping[str, str]) -> None:
+    """Raise what `run_stages` gave, where that is anything.
+
+    Parameters
+    ----------
+    failures
+        Title of a stage to its reason.
+
+    Raises
+    ------
+    StagesFailedError
+        Names each stage and its reason.
+    """
+    if failures:
+        told = "\n".join(f"  {title}: {reason}" for title, reason in failures.items())
+        raise StagesFailedError(
+            f"{len(failures)} stage(s) failed; those that do not need them are finished:\n{told}\n"
+            "the same command again runs only what is missing"
+        )
+
+
+def run_transfers(config: Config, requests: Sequence[Request], *, kind: str, name: str, command: str, say: Say) -> Outcome:
     """Run what is missing of some requests, score them, and log them.
 
     Parameters
@@ -160,7 +178,7 @@ def run_transfers(
         transfers=[transfer.key for transfer in transfers if len(transfer.index)],
         stages=stages,
     )
-    results.write(f"jobs/{job['key']}.json", json.dumps(job, indent=1).encode())
+    write_job(results, job)
     tracker = Tracker.open(config.tracking, results)
     try:
         tracker.start_job(job)
@@ -211,7 +229,7 @@ class _Runner:
         transfers: Sequence[Transfer],
         stages: Sequence[Stage],
         tracker: Tracker,
-        say: Callable[[str], None],
+        say: Say,
     ) -> None:
         self.config, self.results, self.tracker, self.say = config, results, tracker, say
         self.stages = stages

@@ -286,13 +286,20 @@ def _finished(results: Folder, kind: str) -> list[Stage]:
 def _stage_or_none(results: Folder, path: str) -> Stage | None:
     """Read a finished stage."""
     try:
-        return _read_stage(results, path)
+        return read_stage(results, path)
     except ConfigError:
         return None
 
 
-def _read_stage(results: Folder, path: str) -> Stage:
+def read_stage(results: Folder, path: str) -> Stage:
     """Read a finished stage and those that it stands on; none of them can be run.
+
+    Parameters
+    ----------
+    results
+        The results folder.
+    path
+        `<kind>/<key>`.
 
     Raises
     ------
@@ -301,7 +308,7 @@ def _read_stage(results: Folder, path: str) -> Stage:
     """
     try:
         note = json.loads(results.read(f"{path}/stage.json"))
-        needs = tuple(_read_stage(results, need) for need in note["needs"])
+        needs = tuple(read_stage(results, need) for need in note["needs"])
         stage = Stage(note["stage"], note["title"], note["inputs"], _not_run_from_here, needs)
     except FileNotFoundError:
         raise ConfigError(f"{results.address(path)}: there is no stage; correct the address") from None
@@ -352,7 +359,7 @@ def _of_stage(config: Config, folder: Folder) -> ExportedModel:
             "of the results, or models:/NAME/VERSION"
         )
     results = Folder(folder.fs, root)
-    last = _read_stage(results, f"{kind}/{path}")
+    last = read_stage(results, f"{kind}/{path}")
     models = (
         [StoredModel(last, None)]
         if kind == "classify"

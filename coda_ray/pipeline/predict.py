@@ -25,7 +25,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError
 
 from coda_ray.config import Config, ConfigError, Train
 from coda_ray.jump.ingest import run_ingest
@@ -38,7 +38,7 @@ from coda_ray.pipeline.profile import WELL_ID, well_profiles
 from coda_ray.pipeline.task import cause_of, room
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import COMPOUND, TileIndex, TileStore, table_bytes
-from coda_ray.tiles.stream import Health, sample_dataset
+from coda_ray.tiles.stream import Health, UnreadableTilesError, sample_dataset
 from coda_ray.tracking.figures import figure_png
 from coda_ray.tracking.plate_figures import plate_figure
 from coda_ray.tracking.records import READS_AT_A_TIME
@@ -100,11 +100,12 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Told:
-    """What the tables say of a model, without its weights."""
+    """What the tables say of a model and how it was run, without its weights."""
 
     key: str
     classes: list[str]
     origin: dict[str, Any]
+    precision: str
 
     @property
     def text(self) -> str:
@@ -156,15 +157,15 @@ def predict(config: Config, model: ExportedModel, tiles: TileIndex, progress: Ca
     Raises
     ------
     UnreadableTilesError
-        When more than `stream.max_bad_share` of the tiles cannot be read.
+        When more than `stream.max_bad_share` of the tiles cannot be read; at the end, when none of some plate can.
     PredictionError
-        When a worker fails.
+        When a worker fails, or the note of a plate is damaged.
     """
     begun = time.monotonic()
     out = predictions_folder(config, model.key)
     wanted = plates_of(tiles)
     with ThreadPoolExecutor(READS_AT_A_TIME) as pool:
-        done = pool.map(lambda index: _is_done(out, index, model), wanted)
+        done = pool.map(lambda index: _is_done(out, index, model, config.train.precision), wanted)
         todo = [index for index, known in zip(wanted, done, strict=True) if not known]
     tiles_to_do = sum(map(len, todo))
     most = config.predict.workers or room(config.train.model_copy(update={"workers": "1"}))
@@ -347,13 +348,23 @@ def _predict_warm(batch: Columns, *, key: str, model: "list[ray.ObjectRef[Export
     return _held[name](batch)
 
 
-def _is_done(out: Folder, index: TileIndex, model: ExportedModel) -> bool:
-    """Whether a plate has whole tables of this model for these tiles."""
+def _is_done(out: Folder, index: TileIndex, model: ExportedModel, precision: str) -> bool:
+    """Whether a plate has whole tables of this model for these tiles, in this `train.precision`.
+
+    Raises
+    ------
+    PredictionError
+        When its note is damaged.
+    """
+    path = f"{'/'.join(index.frame[PLATE_ID].iloc[0])}/plate.json"
     try:
-        note = json.loads(out.read(f"{'/'.join(index.frame[PLATE_ID].iloc[0])}/plate.json"))
+        note = json.loads(out.read(path))
+        return [note[name] for name in ("model", "tiles", "precision")] == [model.key, index.fingerprint, precision]
     except FileNotFoundError:
         return False
-    return bool(note["model"] == model.key and note["tiles"] == index.fingerprint)
+    except (ValueError, TypeError, KeyError) as error:
+        told = f"{out.address(path)}: is damaged ({type(error).__name__}: {error})"
+        raise PredictionError(f"{told}; delete it, and the plate is predicted again") from error
 
 
 def _run(
@@ -369,7 +380,8 @@ def _run(
     plates = [_Plate(index, int(first), len(index)) for index, first in zip(todo, firsts, strict=False)]
     whole = TileIndex(pd.concat([index.frame for index in todo], ignore_index=True), todo[0].folder, todo[0].channels)
     health, done, writing = Health(config.stream.max_bad_share, False), 0, deque[ray.ObjectRef[None]]()
-    told = Told(model.key, model.classes, dict(model.description["origin"]))
+    told = Told(model.key, model.classes, dict(model.description["origin"]), config.train.precision)
+    lost: dict[str, str] = {}
     try:
         for columns in _stream(config, model, whole, workers):
             health.count(columns)
@@ -377,16 +389,24 @@ def _run(
             for number in np.unique(numbers):
                 plate = plates[number]
                 columns_of_plate = _take(plate, {name: values[numbers == number] for name, values in columns.items()})
-                if columns_of_plate:
+                if columns_of_plate and not columns_of_plate["readable"].any():
+                    lost[plate.path] = str(columns_of_plate["reason"][0])
+                elif columns_of_plate:
                     writing.append(_write.remote(plate.index, plate.first, columns_of_plate, told, out.child(plate.path)))
             if len(writing) > WRITES_AT_A_TIME:
                 ray.get(writing.popleft())
             done += len(numbers)
             progress(done, len(whole))
         ray.get(list(writing))
-    except RayTaskError as error:
+    except RayError as error:
         cause = cause_of(error)
         raise PredictionError(f"{type(cause).__name__}: {cause}; mend it and start again: finished plates are kept") from error
+    if lost:
+        why = "; ".join(f"{path}: {reason}" for path, reason in lost.items())
+        raise UnreadableTilesError(
+            f"no tile of {len(lost)} plate(s) could be read, so they have no tables; the others are finished; mend the tile "
+            f"store (run jobs/ingest.py) and start again: {why}"
+        )
     return health.bad
 
 
@@ -438,5 +458,5 @@ def _write(index: TileIndex, first: int, columns: Columns, told: Told, folder: F
         folder.write(f"{name}.parquet", table_bytes(pa.Table.from_pandas(table, preserve_index=False)))
     folder.write("plate.png", figure_png(plate_figure(wells, f"{'/'.join(index.frame[PLATE_ID].iloc[0])}: {told.text}")))
     counts = {"images": len(images), "wells": len(wells), "unreadable": len(lost)}
-    note = {"model": told.key, "origin": told.origin, "tiles": index.fingerprint, **counts}
+    note = {"model": told.key, "origin": told.origin, "tiles": index.fingerprint, "precision": told.precision, **counts}
     folder.write("plate.json", json.dumps(note, indent=1).encode())

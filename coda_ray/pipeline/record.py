@@ -1,14 +1,16 @@
 """What the results keep of a job, for tables, reports and MLflow."""
 
+import json
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from coda_ray.config import Config
 from coda_ray.pipeline import data
 from coda_ray.pipeline.stage import Stage
+from coda_ray.storage import Folder
 
 TRAINING = ("pretrain", "classify", "adapt")
 GIT_WAIT_S = 10
@@ -59,6 +61,19 @@ def job_record(
         "transfers": list(transfers),
         "stages": [stage.path for stage in stages if stage.kind in TRAINING],
     }
+
+
+def write_job(results: Folder, job: Mapping[str, Any]) -> None:
+    """Keep the record of a job in `jobs/<key>.json`.
+
+    Parameters
+    ----------
+    results
+        The results folder.
+    job
+        From `job_record`.
+    """
+    results.write(f"jobs/{job['key']}.json", json.dumps(job, indent=1).encode())
 
 
 def data_used(config: Config, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:

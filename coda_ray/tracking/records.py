@@ -12,8 +12,10 @@ import pandas as pd
 from coda_ray.storage import Folder
 
 READS_AT_A_TIME = 16
-# Records of plates that a watcher reported, below it a folder per job.
+# Records of plates that a watcher reported, below it a folder per job, and in that one per source and batch.
 WATCHED = "watched"
+# Where a watcher writes its report, unless watch.out says otherwise, and what that holds.
+WATCH, WATCH_TABLE, WATCH_FIGURE = "watch", "plates.csv", "drift.png"
 IDENTITY = ("source", "target", "method", "granularity", "unit", "scope", "split", "seed")
 COUNTS = ("n_images", "n_wells", "n_compounds")
 SCORES = ("accuracy", "macro_f1", "well_accuracy", "well_macro_f1", "compound_accuracy", "compound_macro_f1")
@@ -44,9 +46,31 @@ def read_records(results: Folder, folder: str) -> list[dict[str, Any]]:
     ValueError
         When a file is not a JSON object with a `key`.
     """
-    paths = [f"{folder}/{name}" for name in results.names(folder) if name.endswith(".json")]
+    return _read_all(results, [f"{folder}/{name}" for name in results.names(folder)])
+
+
+def watched_path(job: str, plate: Sequence[str]) -> str:
+    """Path of the record of a plate that a watcher reported.
+
+    Parameters
+    ----------
+    job
+        Key of the watcher's job.
+    plate
+        Source, batch and name of the plate.
+    """
+    return f"{WATCHED}/{job}/{'/'.join(plate)}.json"
+
+
+def read_watched(results: Folder) -> list[dict[str, Any]]:
+    """Read the record of every plate that watchers reported, as `read_records` does."""
+    return _read_all(results, [file.path for file in results.files(WATCHED)])
+
+
+def _read_all(results: Folder, paths: Sequence[str]) -> list[dict[str, Any]]:
+    """Read those of some files that are records, many at a time."""
     with ThreadPoolExecutor(READS_AT_A_TIME) as pool:
-        return list(pool.map(lambda path: read_record(results, path), paths))
+        return list(pool.map(lambda path: read_record(results, path), [path for path in paths if path.endswith(".json")]))
 
 
 def read_record(results: Folder, path: str) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def alias_of(origin: Mapping[str, Any]) -> str:
 
 
 def register(config: Config, name: str, files: Mapping[str, bytes], key: str, origin: Mapping[str, Any]) -> Registered:
-    """Log an exported model, and give the newest version of its kind its alias.
+    """Log an exported model, and give it the alias of its kind, unless a newer version has that.
 
     Parameters
     ----------
@@ -92,12 +92,22 @@ def register(config: Config, name: str, files: Mapping[str, bytes], key: str, or
     alias = alias_of(origin)
     try:
         client = store.client
-        before = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("key") == key]
+        # A version whose tags a process that was killed did not come to write is known by its run.
+        logged = client.search_runs([store.experiment_id], f"tags.kind = 'model' and tags.key = '{key}'")
+        runs = {run.info.run_id for run in logged}
+        versions = client.search_model_versions(f"name = '{name}'")
+        before = [known for known in versions if known.tags.get("key") == key or known.run_id in runs]
         with warnings.catch_warnings():
             # MLflow warns of type hints of its own classes, and wants an example of the input.
             warnings.simplefilter("ignore", UserWarning)
-            number = str(before[0].version) if before else _log(store, name, files, key, {"key": key, **origin})
-        client.set_registered_model_alias(name, alias, number)
+            number = str(before[0].version) if before else _log(store, name, files, key)
+        have = before[0].tags if before else {}
+        for tag, value in {"key": key, **origin}.items():
+            if have.get(tag) != str(value):
+                client.set_model_version_tag(name, number, tag, str(value))
+        # An alias never goes back to a version before the one that has it.
+        if int(number) > int(client.get_registered_model(name).aliases.get(alias, 0)):
+            client.set_registered_model_alias(name, alias, number)
     except Exception as error:  # MLflow's client, and those of its stores, each raise their own kind
         raise RegistryError(
             f"{without_password(store.address)}: {name!r} was not registered: {type(error).__name__}: {one_line(error)}; "
@@ -160,9 +170,9 @@ def _client(store: RunStore) -> "MlflowClient":
     return client
 
 
-def _log(store: RunStore, name: str, files: Mapping[str, bytes], key: str, tags: Mapping[str, Any]) -> str:
+def _log(store: RunStore, name: str, files: Mapping[str, bytes], key: str) -> str:
     """Log a model under a run of its own, and register it: code as files, never as pickles."""
-    client = _client(store)
+    _client(store)
     import mlflow
 
     from coda_ray.tracking import served
@@ -184,10 +194,7 @@ def _log(store: RunStore, name: str, files: Mapping[str, bytes], key: str, tags:
                 pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in REQUIREMENTS],
                 registered_model_name=name,
             )
-    number = str(logged.registered_model_version)
-    for tag, value in tags.items():
-        client.set_model_version_tag(name, number, tag, str(value))
-    return number
+    return str(logged.registered_model_version)
 
 
 def _copy_learn(code: Path) -> None:

@@ -105,7 +105,7 @@ class Tracker:
         self._put(f"trial {record['key']}", lambda store: store.trial(record, self._ensure_parent(store), self._job))
 
     def plate(self, record: Mapping[str, Any], picture: bytes) -> None:
-        """Send a plate of a watcher, as in `watched/<job key>/<plate>.json`, with the picture of its predictions."""
+        """Send a plate of a watcher, as `records.watched_path` names its record, with the picture of its predictions."""
         self._put(f"plate {record['key']}", lambda store: store.plate(record, picture, self._ensure_parent(store)))
 
     def watched(self, table: pd.DataFrame, files: Mapping[str, bytes]) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import tempfile
 import threading
@@ -59,6 +60,8 @@ ENDS = {"failed": "FAILED", "running": "KILLED"}
 # Folder of a job's report, among the artifacts of its run and in the results.
 REPORT = "report"
 POINTS_PER_CALL = 1000
+# Of the name of a metric.
+NAME_LENGTH = 250
 # Of a plate of a watcher.
 PLATE_PARAMS = (
     "source",
@@ -356,7 +359,7 @@ class RunStore:
         Parameters
         ----------
         record
-            As in `watched/<job key>/<source>_<batch>_<plate>.json`.
+            As in `watched/<job key>/<source>/<batch>/<plate>.json`.
         picture
             PNG of the plate's predictions; None where it is gone.
         parent
@@ -370,6 +373,7 @@ class RunStore:
         run = self._ensure("plate", record["key"], plate_name(record), parent, None)
         params = {name: str(record[name]) for name in PLATE_PARAMS if record.get(name) is not None}
         values = {name: float(record[name]) for name in PLATE_MEASURES if record.get(name) is not None}
+        values |= {_distance_name(unit): float(distance) for unit, distance in record.get("distances", {}).items()}
         self._send_differences(run, params=params, tags={NOTE_TAG: plate_note(record)}, values=values)
         if picture is not None:
             self._upload(run.info.run_id, {"plate.png": picture})
@@ -489,8 +493,11 @@ class RunStore:
         new_params = [Param(k, v) for k, v in (params or {}).items() if data.params.get(k) != v]
         new_tags = [RunTag(k, v) for k, v in (tags or {}).items() if data.tags.get(k) != v]
         new_values = [Metric(k, v, now, 0) for k, v in finite.items() if data.metrics.get(k) != v]
+        first = POINTS_PER_CALL - len(new_params) - len(new_tags)
         if new_params or new_tags or new_values:
-            self.client.log_batch(run.info.run_id, metrics=new_values, params=new_params, tags=new_tags)
+            self.client.log_batch(run.info.run_id, metrics=new_values[:first], params=new_params, tags=new_tags)
+        for start in range(first, len(new_values), POINTS_PER_CALL):
+            self.client.log_batch(run.info.run_id, metrics=new_values[start : start + POINTS_PER_CALL])
 
     def _send_data(self, run: "Run", data: Sequence[Mapping[str, Any]]) -> None:
         """Name the tiles that a run used, as entries of a job's `data`; those that the run names already are left out."""
@@ -551,6 +558,11 @@ def _data_of(record: Mapping[str, Any], job: Mapping[str, Any] | None) -> list[d
     }
     data = job.get("data", []) if job else []
     return [{**one, "context": ", ".join(roles[one["name"]])} for one in data if one["name"] in roles]
+
+
+def _distance_name(unit: str) -> str:
+    """Name the metric of a plate's distance from a unit, in the letters that MLflow allows."""
+    return f"distance/{re.sub(r'[^A-Za-z0-9_ .-]', '_', unit)}"[:NAME_LENGTH]
 
 
 def _first_ms(history: pd.DataFrame | None) -> int | None:

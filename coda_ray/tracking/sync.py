@@ -1,14 +1,25 @@
 """Fill MLflow from the results folder: every job, transfer and stage, each once, however often it is done."""
 
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from coda_ray.storage import Folder, retrying
+from coda_ray.config import Place
+from coda_ray.storage import Folder, open_place, retrying
 from coda_ray.tracking.figures import figure_png, matrix_figures
-from coda_ray.tracking.records import WATCHED, read_history, read_record, read_records, transfers_frame
+from coda_ray.tracking.records import (
+    WATCH,
+    WATCH_FIGURE,
+    WATCH_TABLE,
+    read_history,
+    read_record,
+    read_records,
+    read_watched,
+    transfers_frame,
+)
 from coda_ray.tracking.store import REPORT, RunStore
 from coda_ray.tracking.table import job_matrix
 
@@ -68,7 +79,7 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
     stages = [path for path in sorted(stage_job) if path not in on_transfers]
     trials = [record for sweep in results.names("sweeps") for record in read_records(results, f"sweeps/{sweep}")]
     courses = [record for job in results.names("online") for record in read_records(results, f"online/{job}")]
-    plates = [record for job in results.names(WATCHED) for record in read_records(results, f"{WATCHED}/{job}")]
+    plates = read_watched(results)
     done, total = 0, sum(map(len, (jobs, transfers, stages, trials, courses, plates)))
 
     def advance() -> None:
@@ -99,6 +110,7 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
     for job in jobs:
         _finish(store, job, frame)
         _send_report(results, store, job)
+        _send_watch(results, store, job)
         advance()
     return SyncCounts(len(jobs), len(transfers), sent, len(trials), len(courses), len(plates))
 
@@ -136,6 +148,19 @@ def _send_report(results: Folder, store: RunStore, job: Mapping[str, Any]) -> No
     folder = results.child(f"{REPORT}/{job['key']}")
     if names := folder.names():
         store.report(job, {name: folder.read(name) for name in names})
+
+
+def _send_watch(results: Folder, store: RunStore, job: Mapping[str, Any]) -> None:
+    """Send the table and the picture of all plates of a watcher, where it wrote them."""
+    if job["kind"] != "watch":
+        return
+    out, reached = job["config"]["watch"]["out"], job["config"]["results"]
+    folder = open_place(Place.model_validate({**reached, "address": out})) if out else results.child(WATCH)
+    try:
+        files = {name: folder.read(name) for name in (WATCH_TABLE, WATCH_FIGURE)}
+    except FileNotFoundError:  # no plate came yet
+        return
+    store.watched(job, pd.read_csv(io.BytesIO(files[WATCH_TABLE])), files)
 
 
 def _finish(store: RunStore, job: Mapping[str, Any], frame: pd.DataFrame) -> None:

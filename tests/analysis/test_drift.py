@@ -55,10 +55,12 @@ def test_the_nearest_is_found_among_those_that_chance_alone_parts():
     known = [Controls.of(plate) for plate in plates(5, images=400)]
     reference = Reference.of(plates(5, seed=3))
     for number, plate in enumerate(known):
-        assert reference.nearest(plate, known) == (number, 0.0)
+        found, distances = reference.nearest(plate, known)
+        assert (found, distances[found]) == (number, 0.0)
     far = Controls.of(plates(1, seed=4, shift=1.0)[0])
-    number, distance = reference.nearest(far, known)
-    assert distance == min(reference.distance(far, one) for one in known) == reference.distance(far, known[number]) > 0.5
+    number, distances = reference.nearest(far, known)
+    assert distances == [reference.distance(far, one) for one in known]
+    assert min(distances) == distances[number] > 0.5
 
 
 def test_another_microscope_is_beyond_the_ordinary_and_another_plate_is_not():
@@ -86,7 +88,13 @@ def test_constant_features_and_single_plates_are_no_trouble():
     single = Reference.of(known[:1])
     assert (single.between, single.threshold) == ((), None)
     assert Reference.of([known[0], known[1][:0]]).between == ()
-    with pytest.raises(ValueError, match="no plate of the source has DMSO images"):
-        Reference.of([known[0][:1]])
+    assert Reference.of([known[0][:1]]) is None
     with pytest.raises(ValueError, match=r"1 DMSO image\(s\)"):
         Controls.of(known[0][:1])
+
+
+def test_features_that_are_no_numbers_are_refused():
+    (plate,) = plates(1)
+    plate[2, 3], plate[4, :2] = np.inf, np.nan
+    with pytest.raises(ValueError, match=r"2 of 60 DMSO images have features that are no finite numbers"):
+        Controls.of(plate)

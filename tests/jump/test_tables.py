@@ -1,3 +1,5 @@
+import gzip
+
 import pandas as pd
 import pytest
 
@@ -20,6 +22,15 @@ def listed(source, batch, plate, wells=WELLS):
 
 def plate_of(tables, source):
     return choose_plates(tables.plates, [source], ["TARGET2"], [])[0]
+
+
+@pytest.mark.parametrize(
+    "content", [gzip.compress(b"x" * 999)[:-9], b"\x1f\x8b" + bytes(99), gzip.compress(b"x")[:10] + b"\xff" * 30]
+)
+def test_a_damaged_table_is_named(tmp_path, content):
+    (tmp_path / "plate.csv.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"plate\.csv\.gz: cannot be unpacked \(.*\); copy it again"):
+        read_tables(open_place(Place(address=str(tmp_path))))
 
 
 def test_real_tables_hold_141_target2_plates_with_pixel_sizes(real_tables):

@@ -1,3 +1,4 @@
+import gzip
 import json
 import shutil
 import time
@@ -15,7 +16,7 @@ from coda_ray.jump.simulate.layout import draw_plates, draw_wells
 from coda_ray.jump.simulate.serve import serve_folder
 from coda_ray.jump.simulate.settings import PRESETS
 from coda_ray.jump.tables import read_tables
-from coda_ray.online.arrivals import Arrivals, Waiting, _key_in, _new_objects, complete_batch
+from coda_ray.online.arrivals import Arrivals, Waiting, _Events, _key_in, _new_objects, complete_batch
 from coda_ray.storage import open_place
 
 TINY = PRESETS["tiny"]
@@ -26,6 +27,12 @@ C = [name for name in PLATES if name.source == "sim_c"]
 WELLS = draw_wells(TINY)
 CHANNELS = ("DNA", "ER", "RNA", "AGP", "Mito")
 WANTED = 3 * len(WELLS)
+
+
+def spoiled():
+    """A compressed list whose blocks are no blocks."""
+    whole = gzip.compress(b"Metadata_Well,Metadata_Site\nA01,1\n" * 50)
+    return whole[:10] + bytes(byte ^ 255 for byte in whole[10:-8]) + whole[-8:]
 
 
 class Bucket:
@@ -121,7 +128,7 @@ def test_what_is_skipped_or_no_target_is_not_looked_at(bucket, clock):
     for plate in (B[0], B[1], C[0]):
         bucket.send(plate)
     assert plates_of(arrivals_of(bucket, clock, targets=["sim_b"]).look({B[0]})[0]) == [B[1]]
-    assert set(plates_of(arrivals_of(bucket, clock, targets=["sim_c", "sim_a"]).look(set())[0])) == {C[0]}
+    assert set(plates_of(arrivals_of(bucket, clock, targets=["sim_c"]).look(set())[0])) == {C[0]}
 
 
 def test_a_plate_comes_piece_by_piece(place, bucket, clock):
@@ -236,15 +243,25 @@ def test_the_plate_table_decides_which_plates_count(bucket, clock):
     assert set(plates_of(arrivals_of(bucket, clock, {"plate_types": []}).look(set())[0])) == set(B[:3])
 
 
+def test_a_metadata_folder_that_is_not_mounted_is_an_outage(bucket, clock):
+    bucket.send(B[0])
+    arrivals = arrivals_of(bucket, clock)
+    assert plates_of(arrivals.look(set())[0]) == [B[0]]
+    (bucket.folder / "metadata").rename(bucket.folder / "away")
+    with pytest.raises(OSError, match=r"metadata: plate\.csv\.gz is missing or empty, and ingest\.plate_types = \['TARGET2'\]"):
+        arrivals.look(set())
+    assert plates_of(arrivals_of(bucket, clock, {"plate_types": []}).look(set())[0]) == [B[0]]
+
+
 def test_the_current_layout_of_a_list_comes_first(bucket, clock):
     plate = A[0]
     bucket.send(plate)
     current, old = PLATES[plate].lists
-    assert plates_of(arrivals_of(bucket, clock, targets=["sim_a"]).look(set())[0]) == [plate]
+    assert plates_of(arrivals_of(bucket, clock, source="sim_b", targets=["sim_a"]).look(set())[0]) == [plate]
     bucket.files.write(old, b"damaged")
-    assert plates_of(arrivals_of(bucket, clock, targets=["sim_a"]).look(set())[0]) == [plate]
+    assert plates_of(arrivals_of(bucket, clock, source="sim_b", targets=["sim_a"]).look(set())[0]) == [plate]
     bucket.files.write(current, b"damaged")
-    assert arrivals_of(bucket, clock, targets=["sim_a"]).look(set())[0] == []
+    assert arrivals_of(bucket, clock, source="sim_b", targets=["sim_a"]).look(set())[0] == []
 
 
 def test_tables_and_lists_are_read_once_and_folders_listed_once_a_look(bucket, clock, monkeypatch):
@@ -273,6 +290,65 @@ def test_images_in_many_folders_are_found_from_the_one_above(bucket, clock):
     bucket.files.write(target, ("Metadata_Well,Metadata_Site,URL_OrigDNA\n" + "".join(rows)).encode())
     (arrival,) = arrivals_of(bucket, clock).look(set())[0]
     assert (arrival.sites, arrival.missing) == (12, 0)
+
+
+def listing(bucket, plate, addresses):
+    """Write an image list that names these images, site by site."""
+    target = f"cpg0016-jump/{plate.source}/workspace/load_data_csv/{plate.batch}/{plate.plate}/load_data_with_illum.csv"
+    rows = "".join(f"A01,{site},{address}\n" for site, address in enumerate(addresses))
+    bucket.files.write(target, f"Metadata_Well,Metadata_Site,URL_OrigDNA\n{rows}".encode())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [bytes(200_000), gzip.compress(b"Metadata_Well,Metadata_Site\nA01,1\n" * 50)[:-20], spoiled(), b"PAR1" + bytes(99)],
+    ids=["zero bytes", "cut gzip", "corrupted gzip", "broken parquet"],
+)
+def test_a_damaged_list_holds_up_its_own_plate_alone(bucket, clock, content):
+    bucket.send(C[0])
+    path = f"cpg0016-jump/sim_b/workspace/load_data_csv/{B[0].batch}/{B[0].plate}/load_data_with_illum.csv.gz"
+    bucket.files.write(path, content)
+    arrived, (waiting,) = arrivals_of(bucket, clock).look(set())
+    assert plates_of(arrived) == [C[0]]
+    assert waiting.plate == B[0]
+    assert f"{path}: not an image list" in waiting.reason
+
+
+def test_a_folder_that_may_not_be_read_holds_up_its_own_plates_alone(bucket, clock, monkeypatch):
+    for plate in (B[0], C[0]):
+        bucket.send(plate)
+    refused, files = open_place(Place(address=str(bucket.folder / PLATES[B[0]].images))).root, storage.Folder.files
+
+    def refusing(self, relative=""):
+        if self.path(relative) == refused:
+            raise PermissionError("Access Denied")
+        return files(self, relative)
+
+    monkeypatch.setattr(storage.Folder, "files", refusing)
+    arrived, waiting = arrivals_of(bucket, clock).look(set())
+    assert plates_of(arrived) == [C[0]]
+    assert waiting == [Waiting(B[0], "its images cannot be listed: Access Denied")]
+
+
+def test_of_images_in_many_folders_nothing_is_listed_that_holds_other_plates(bucket, clock, tmp_path, monkeypatch):
+    bucket.send(C[0])
+    scattered = [f"cpg0016-jump/sim_b/site {site}/{B[0].plate}/x.tif" for site in range(12)]
+    for path in scattered:
+        bucket.files.write(path, b"x")
+    listing(bucket, B[0], [*scattered, "https://elsewhere/x.tif"])
+    elsewhere = [tmp_path / "elsewhere" / str(site) / "x.tif" for site in range(12)]
+    for path in elsewhere:
+        open_place(Place(address=str(path.parent))).write("x.tif", b"x")
+    listing(bucket, B[1], elsewhere)
+    listed, files = [], storage.Folder.files
+    monkeypatch.setattr(storage.Folder, "files", lambda self, path="": listed.append(self.path(path)) or files(self, path))
+    arrived, waiting = arrivals_of(bucket, clock).look(set())
+    assert set(plates_of(arrived)) == {B[1], C[0]}
+    assert waiting == [Waiting(B[0], "1 of 13 images are not there")]
+    own = {str(path.parent) for path in elsewhere} | {str((bucket.folder / path).parent) for path in scattered}
+    assert own <= set(listed)
+    above = ["", "/", bucket.folder, bucket.folder / "cpg0016-jump" / "sim_b", tmp_path, tmp_path / "elsewhere"]
+    assert not set(map(str, above)) & set(listed)
 
 
 def record(bucket, key, name="ObjectCreated:Put"):
@@ -307,6 +383,23 @@ def test_plates_that_events_name_are_looked_up(place, bucket, clock, tmp_path, c
     arrived, waiting = arrivals.look({B[0]})
     assert set(plates_of(arrived)) == {B[1], B[2], C[0]}
     assert waiting == [Waiting(C[2], "its image list is not there")]
+
+
+def test_event_files_are_read_some_at_a_time_and_may_expire(bucket, monkeypatch):
+    monkeypatch.setattr("coda_ray.online.arrivals.EVENTS_AT_A_TIME", 2)
+    for number, plate in enumerate(PLATES):
+        event = json.dumps({"Records": [record("bucket", PLATES[plate].lists[-1])]}).encode()
+        bucket.files.write(f"events/{number}.json", event)
+    events, taken, content = _Events(bucket.files.child("events")), [], _Events._content
+    monkeypatch.setattr(_Events, "_content", lambda self, file: taken.append(len(self._read)) or content(self, file))
+    events.refresh(bucket.files, "cpg0016-jump")
+    assert list(events.plates) == list(PLATES)
+    # Before a file is read, those of the groups before it were taken.
+    assert all(before >= number // 2 * 2 for number, before in enumerate(taken))
+    bucket.files.delete("events")
+    events.refresh(bucket.files, "cpg0016-jump")
+    assert list(events.plates) == list(PLATES)
+    assert (len(taken), len(events._read)) == (len(PLATES), 0)
 
 
 def test_events_of_other_buckets_and_with_blanks(bucket):

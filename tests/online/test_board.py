@@ -28,6 +28,7 @@ def test_plates_keep_the_order_in_which_they_came():
         (P, 2, "arrived"),
     ]
     assert found[Q].facts == {"arrived": {}, "ingested": {"tiles": 3}}
+    assert found[Q].known == {"tiles": 3}
 
 
 def test_a_failed_step_is_done_again_when_its_time_has_come():

@@ -7,11 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from coda_ray import storage
-from coda_ray.config import Place
 from coda_ray.jump.layout import PlateName
 from coda_ray.online.lease import Lease, LostLeaseError
 from coda_ray.online.ledger import Ledger, LostLedgerError
-from coda_ray.storage import open_place
 
 # So long that the thread of a holder gives no sign of life while a test lasts: tests do so by hand.
 LEASE_S = 4000.0
@@ -34,8 +32,8 @@ class Clock:
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return open_place(Place(address=str(tmp_path / "watch" / "lease")))
+def folder(exclusive):
+    return exclusive.child("watch/lease")
 
 
 @pytest.fixture
@@ -299,8 +297,7 @@ def test_a_damaged_term_is_still_a_term(lease, folder, clock):
     assert "the holder of term 7" in told[0]
 
 
-def test_terms_that_are_over_leave_no_files_but_the_last(tmp_path):
-    folder = open_place(Place(address=str(tmp_path)))
+def test_terms_that_are_over_leave_no_files_but_the_last(folder):
     for _ in range(5):
         with Lease(folder, "one", 60.0) as lease:
             assert lease.acquire(wait=True, say=print)
@@ -308,8 +305,7 @@ def test_terms_that_are_over_leave_no_files_but_the_last(tmp_path):
     assert {name.partition(".")[0] for name in folder.names()} == {"000003", "000004", "000005"}
 
 
-def test_a_holder_whose_term_was_deleted_has_lost_it(tmp_path):
-    folder = open_place(Place(address=str(tmp_path)))
+def test_a_holder_whose_term_was_deleted_has_lost_it(folder):
     sleeper = Lease(folder, "sleeper", 60.0)
     assert sleeper.acquire(wait=True, say=print)
     folder.delete("000001.json")

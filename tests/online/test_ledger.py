@@ -16,8 +16,8 @@ OTHER = PlateName("sim_b", "run 1", "105361")
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return open_place(Place(address=str(tmp_path / "watch" / "ledger")))
+def folder(exclusive):
+    return exclusive.child("watch/ledger")
 
 
 def begin(folder, by="anna"):
@@ -197,8 +197,9 @@ def test_facts_that_json_cannot_hold_are_refused_and_not_written(folder):
     assert [file.path for file in folder.files()] == ["000000.json"]
 
 
-def test_an_entry_whose_answer_was_lost_is_written_once(folder, monkeypatch):
+def test_an_entry_whose_answer_was_lost_is_written_once(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.0)
+    folder = open_place(Place(address=str(tmp_path / "ledger")))
     ledger, real, calls = begin(folder), storage.os.link, []
 
     def link(part, path):

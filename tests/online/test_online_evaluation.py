@@ -177,6 +177,7 @@ def test_the_summary_is_mean_and_deviation_over_seeds():
     assert np.isnan(summary.loc["none", "accuracy_std"])
     shown = render_summary(summary.reset_index(), "plates of b")
     assert shown.title == "plates of b: mean over plates, mean ± std over 2 seeds"
+    assert render_summary(summary_of(records[:1]), "plates of b").title == "plates of b: mean over plates, 1 seed"
     assert list(shown.columns[1].cells) == ["60.0 ± 14.1", "25.0 ± –"]
     assert list(shown.columns[6].cells) == ["2 ± 1", "2"]
 

@@ -14,7 +14,7 @@ import tifffile
 from scipy.ndimage import zoom
 
 from coda_ray.config import ConfigError, told_in_one_line
-from coda_ray.jump.ingest import run_ingest
+from coda_ray.jump.ingest import IngestError, run_ingest
 from coda_ray.jump.simulate.defects import spoil_file
 from coda_ray.jump.simulate.deliver import deliver_plate
 from coda_ray.jump.simulate.layout import draw_plates
@@ -24,12 +24,13 @@ from coda_ray.online.lease import Lease
 from coda_ray.online.ledger import Ledger
 from coda_ray.online.meter import DriftMeter, plates_of
 from coda_ray.online.service import watch
-from coda_ray.online.serving import Models, watch_folder
+from coda_ray.online.serving import Choice, Models, watch_folder
 from coda_ray.online.watcher import Watcher
 from coda_ray.pipeline import data
 from coda_ray.pipeline.matrix import run_transfers
 from coda_ray.pipeline.transfer import Request
 from coda_ray.storage import open_place
+from coda_ray.tiles.store import TileStore
 from coda_ray.tracking.registry import RegistryError
 from coda_ray.tracking.runs import Tracker
 from conftest import write_tiny
@@ -45,6 +46,19 @@ STEPS = ["arrived", "ingested", "checked", "chosen", "predicted", "reported"]
 def silent(title: str, unit: str) -> Iterator[object]:
     """Progress that nobody sees."""
     yield lambda done, total: None
+
+
+@contextmanager
+def watching(config, say, tracker=None, after_a_kill=False):
+    """A watcher that holds the lease and has begun."""
+    tracker = tracker or Tracker(None)
+    models = Models(config, "python jobs/watch.py --config my.yaml --once", tracker, say)
+    with Lease(watch_folder(config).child("lease"), "test", 60.0) as lease:
+        assert lease.acquire(wait=True, say=say)
+        lease.took_over = after_a_kill
+        ledger = Ledger.open(watch_folder(config).child("ledger"), models.identity, "test")
+        models.begin()
+        yield Watcher(config, models, ledger, lease, tracker, say, silent)
 
 
 class Lab:
@@ -70,16 +84,9 @@ class Lab:
         for number in numbers:
             deliver_plate(open_place(place(self.gallery)), open_place(place(self.root / "bucket")), PLATES[number], spoil)
 
-    @contextmanager
-    def watcher(self, config=None):
+    def watcher(self, config=None, **how):
         """A watcher that holds the lease and has begun."""
-        config, tracker = config or self.config, Tracker(None)
-        models = Models(config, "watch", tracker, self.lines.append)
-        with Lease(watch_folder(config).child("lease"), "test", 60.0) as lease:
-            assert lease.acquire(wait=True, say=self.lines.append)
-            ledger = Ledger.open(watch_folder(config).child("ledger"), models.identity, "test")
-            models.begin()
-            yield Watcher(config, models, ledger, lease, tracker, self.lines.append, silent)
+        return watching(config or self.config, self.lines.append, **how)
 
     def run(self, config=None):
         """Look until nothing is left to do; give the journey of each plate."""
@@ -153,22 +160,42 @@ def test_every_plate_gets_a_model_of_its_own_and_a_broken_one_is_set_aside(lab):
     table = pd.read_csv(here.root / "results" / "watch" / "plates.csv")
     assert table["state"].tolist() == ["reported", "aside", "reported"]
     assert (here.root / "results" / "watch" / "drift.png").read_bytes().startswith(b"\x89PNG")
-    records = sorted((here.root / "results" / "watched").glob("*/*.json"))
+    records = sorted((here.root / "results" / "watched").glob("*/*/*/*.json"))
     assert [json.loads(path.read_text())["number"] for path in records] == [1, 3]
     before = here.predictions()
     assert len(here.run()) == 3
     assert set(here.predictions()) == set(before)
 
 
+def test_tiles_of_many_plates_are_indexed_once_a_look(lab, monkeypatch):
+    here = lab(policy="nearest", drift_threshold=1e6)
+    here.deliver(0, 1, 2)
+    loaded, index = [], TileStore.index
+    monkeypatch.setattr(TileStore, "index", lambda self, sources: loaded.append(tuple(sources)) or index(self, sources))
+    with here.watcher() as watcher:
+        before = len(loaded)
+        watcher.look()
+        assert [journey.state for journey in journeys(watcher.ledger.entries).values()] == ["reported"] * 3
+    assert sorted(loaded[before:]) == [("sim_a",), ("sim_b",)]
+
+
 class Killed(BaseException):
     """What a process that is killed does not catch either."""
 
 
+def finished(lab):
+    """What is done once and for all, and when it was written (ns): stages, tiles and predictions."""
+    notes = [*(lab.root / "results").rglob("done.json"), *lab.root.rglob("plate.json")]
+    return {path: path.stat().st_mtime_ns for path in notes}
+
+
 def killed_at_every_entry(lab):
-    """Watch until all is done; before and after each entry the watcher dies, and another one begins."""
-    deaths = 0
+    """Watch until all is done; before and after each entry the watcher dies, and another one begins; nothing is done twice."""
+    deaths, done = 0, finished(lab)
     while True:
         data.forget()
+        before, done = done, finished(lab)
+        assert before.items() <= done.items()
         with lab.watcher() as watcher:
             append = watcher.ledger.append
 
@@ -192,6 +219,8 @@ def test_a_watcher_that_is_killed_around_every_entry_ends_like_one_that_is_not(l
         one.deliver(0, 1)
     expected = undisturbed.run()
     deaths, found = killed_at_every_entry(killed)
+    done = [{path.relative_to(one.root) for path in finished(one)} for one in (undisturbed, killed)]
+    assert done[0] == done[1]
     assert deaths == 2 * 2 * len(STEPS)
     assert [told(journey) for journey in found] == [told(journey) for journey in expected]
     one, other = undisturbed.predictions(), killed.predictions()
@@ -199,6 +228,37 @@ def test_a_watcher_that_is_killed_around_every_entry_ends_like_one_that_is_not(l
     assert len(one) >= 2 * 3
     for path, table in one.items():
         pd.testing.assert_frame_equal(table, other[path])
+
+
+class Sent(Tracker):
+    """Remembers the plates that it was given."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.plates = []
+
+    def plate(self, record, picture):
+        assert picture.startswith(b"\x89PNG")
+        self.plates.append(record)
+
+
+def test_what_a_killed_watcher_had_reported_is_sent_again(lab):
+    here = lab(policy="nearest", drift_threshold=1e6)
+    here.deliver(0, 1)
+    first, after_an_end, after_a_kill, poorer = Sent(), Sent(), Sent(), Sent()
+    with here.watcher(tracker=first) as watcher:
+        watcher.look()
+    with here.watcher(tracker=after_an_end):
+        pass
+    with here.watcher(tracker=after_a_kill, after_a_kill=True):
+        pass
+    assert [record["plate"] for record in first.plates] == [PLATES[0].name, PLATES[1].name]
+    assert after_an_end.plates == []
+    assert after_a_kill.plates == first.plates
+    next((here.root / "results" / "watched").rglob(f"{PLATES[0].name}.json")).unlink()
+    with here.watcher(tracker=poorer, after_a_kill=True):
+        pass
+    assert poorer.plates == first.plates[1:]
 
 
 def test_the_nearest_model_predicts_and_a_plate_that_is_far_from_all_gets_its_own(lab):
@@ -209,6 +269,7 @@ def test_the_nearest_model_predicts_and_a_plate_that_is_far_from_all_gets_its_ow
     assert first.facts["chosen"]["unit"] == PLATES[0].name
     assert first.facts["chosen"]["nearest"] == "sim_a"
     assert first.facts["chosen"]["drift_nearest"] == first.facts["checked"]["drift_source"] > 0
+    assert first.facts["chosen"]["distances"] == {"sim_a": first.facts["checked"]["drift_source"]}
     here.deliver(1, 2)
     _, *others = here.run(here.changed(drift_threshold=1e6))
     for journey in others:
@@ -217,21 +278,51 @@ def test_the_nearest_model_predicts_and_a_plate_that_is_far_from_all_gets_its_ow
         assert chosen["drift_nearest"] <= drift
         assert chosen["model"] == chosen["nearest"]
         assert chosen["unit"] in ("sim_a", PLATES[0].name)
+        distances = chosen["distances"]
+        assert list(distances) == ["sim_a", f"sim_b plate {PLATES[0].name}"]
+        assert distances["sim_a"] == drift
+        assert distances[chosen["nearest"]] == min(distances.values()) == chosen["drift_nearest"]
+        record = next((here.root / "results" / "watched").rglob(f"{journey.plate.plate}.json"))
+        assert json.loads(record.read_text())["distances"] == distances
+
+
+def adapted_by_hand(lab, *numbers):
+    """Deliver plates, and adapt to each of them by another job."""
+    lab.deliver(*numbers)
+    ingested = lab.config.model_copy(update={"ingest": lab.config.ingest.model_copy(update={"sources": ["sim_b"]})})
+    run_ingest(ingested, lambda _: None)
+    data.forget()
+    request = Request("sim_a", "sim_b", "coda", "plate", 0)
+    run_transfers(lab.config, [request], kind="adapt", name="by hand", command="", say=lab.lines.append)
 
 
 def test_a_unit_that_another_job_adapted_to_is_known(lab):
     here = lab(policy="nearest", drift_threshold=1e6)
-    here.deliver(0, 1)
-    ingested = here.config.model_copy(update={"ingest": here.config.ingest.model_copy(update={"sources": ["sim_b"]})})
-    run_ingest(ingested, lambda _: None)
-    data.forget()
-    request = Request("sim_a", "sim_b", "coda", "plate", 0)
-    run_transfers(here.config, [request], kind="adapt", name="by hand", command="", say=here.lines.append)
+    adapted_by_hand(here, 0, 1)
     found = here.run()
     # Each plate is a unit itself, at no distance.
     assert [journey.facts["chosen"]["drift_nearest"] for journey in found] == [0.0, 0.0]
     assert [journey.facts["chosen"]["unit"] for journey in found] == [PLATES[0].name, PLATES[1].name]
     assert all(journey.facts["chosen"]["plates"] == [] for journey in found)
+
+
+def test_a_damaged_unit_is_passed_over_and_no_new_plate_is_blamed(lab):
+    here = lab(policy="nearest", drift_threshold=1e6)
+    adapted_by_hand(here, 0)
+    for shard in (here.root / "tiles").rglob(f"{PLATES[0].name}/shard-*.npy"):
+        shard.unlink()
+    shutil.rmtree(here.root / "bucket" / "cpg0016-jump" / "sim_b")
+    here.deliver(1)
+    (first,) = here.run()
+    here.deliver(2)
+    _, second = here.run()
+    for journey in (first, second):
+        assert journey.state == "reported"
+        assert journey.failures == []
+        assert journey.facts["chosen"]["unit"] in ("sim_a", PLATES[1].name)
+    told = [line for line in here.lines if "passed over" in line]
+    assert len(told) == 2
+    assert told[0].startswith(f"sim_b plate {PLATES[0].name}: is passed over, because")
 
 
 def test_a_batch_is_waited_for_and_adapted_to_once(lab):
@@ -276,6 +367,24 @@ def test_storage_that_does_not_answer_is_no_plates_fault(lab, monkeypatch):
         assert journey.state == "reported"
 
 
+@pytest.mark.parametrize("part", ["bucket", "tiles"])
+def test_a_share_that_is_not_mounted_any_more_is_no_plates_fault(lab, monkeypatch, part):
+    here = lab(policy="nearest")
+    here.deliver(0)
+
+    def unmount(*args):
+        (here.root / part).rename(here.root / "away")
+        (here.root / part).mkdir()
+        raise IngestError("no image list was found")
+
+    monkeypatch.setattr("coda_ray.online.watcher.run_ingest", unmount)
+    with here.watcher() as watcher:
+        with pytest.raises(OSError, match=rf"{part}: nothing is there any more; mount it, or correct {part}\.address"):
+            watcher.look()
+        (journey,) = journeys(watcher.ledger.entries).values()
+        assert (journey.state, journey.failures) == ("arrived", [])
+
+
 def test_a_file_that_storage_refuses_is_its_plates_fault_and_the_plate_is_tried_again_when_asked(lab, monkeypatch):
     here = lab(policy="nearest", targets=["sim_b"])
     here.deliver(0, 1)
@@ -292,7 +401,7 @@ def test_a_file_that_storage_refuses_is_its_plates_fault_and_the_plate_is_tried_
     assert "Access Denied" in refused.facts["aside"]["reason"]
     monkeypatch.undo()
     with pytest.raises(SystemExit) as ended:
-        again(here, PLATES[1].name)
+        again(here, "nothing")
     assert ended.value.code == 2
     assert again(here, PLATES[0].name) == 0
     assert [journey.state for journey in here.run()] == ["reported", "reported"]
@@ -314,6 +423,61 @@ def test_a_plate_of_small_tiles_is_set_aside_and_the_others_are_not(lab):
     assert fine.facts["chosen"]["plates"] == [PLATES[1].name]
 
 
+def test_an_error_that_nobody_thought_of_is_its_plates_alone(lab, monkeypatch, caplog):
+    here = lab(policy="nearest")
+    here.deliver(0, 1)
+    check = Watcher._check
+
+    def failing(self, journey):
+        return {}["nothing"] if journey.plate.plate == PLATES[0].name else check(self, journey)
+
+    monkeypatch.setattr(Watcher, "_check", failing)
+    broken, fine = here.run()
+    assert (broken.state, fine.state) == ("aside", "reported")
+    assert broken.facts["aside"]["reason"] == "KeyError: 'nothing'"
+    (first, _) = [record for record in caplog.records if record.name == "coda_ray.online.watcher"]
+    assert PLATES[0].name in first.message
+    assert first.exc_info[0] is KeyError
+
+
+def test_a_plate_whose_drift_is_no_number_is_set_aside_at_once(lab, monkeypatch):
+    here = lab(policy="nearest")
+    here.deliver(0, 1)
+    features = DriftMeter._features
+
+    def broken(self, plates):
+        found = features(self, plates)
+        return np.full_like(found, np.nan) if PLATES[0].name in [plate.plate for plate in plates] else found
+
+    monkeypatch.setattr(DriftMeter, "_features", broken)
+    odd, fine = here.run()
+    assert (odd.state, fine.state) == ("aside", "reported")
+    assert len(odd.failures) == 1
+    assert "no finite numbers" in odd.facts["aside"]["reason"]
+
+
+def test_a_finished_model_is_used_though_tiles_that_it_knew_of_were_made_anew(lab):
+    here = lab(policy="plate")
+    here.deliver(0, 1)
+    journeys_before = here.run()
+    (tiles,) = (here.root / "tiles").rglob(f"{PLATES[0].name}/plate.json")
+    shutil.rmtree(tiles.parent)
+    here.deliver(0, spoil=other_microscope)
+    ingested = here.config.model_copy(update={"ingest": here.config.ingest.model_copy(update={"plates": [PLATES[0].name]})})
+    run_ingest(ingested, lambda _: None)
+    data.forget()
+    with here.watcher() as watcher:
+        for journey in journeys_before:
+            choice = Choice.of(journey.facts["chosen"])
+            assert watcher.models.make([choice]) == {}
+            assert watcher.models.export(choice).model.key == journey.facts["predicted"]["model_key"]
+            assert watcher.models.seconds(choice) > 0
+        # One that was not made before the tiles changed would be another model now.
+        (here.root / "results" / choice.stage / "done.json").unlink()
+        (reason,) = watcher.models.make([choice]).values()
+        assert "have changed since this model was chosen" in reason
+
+
 def shrunken(content):
     """A field of view of a microscope that reads every second pixel."""
     sink = io.BytesIO()
@@ -329,13 +493,38 @@ def test_a_model_that_cannot_be_registered_predicts_all_the_same(lab, monkeypatc
     (journey,) = here.run()
     assert journey.state == "reported"
     assert journey.facts["predicted"]["version"] is None
-    assert any("jobs/export.py --register models --stage" in line for line in here.lines)
+    assert any("jobs/export.py --config my.yaml --register models --stage" in line for line in here.lines)
 
 
 def test_what_no_plate_could_mend_is_told_before_the_first_look(lab):
     here = lab(register_as="models")
     with pytest.raises(ConfigError, match=r"watch\.register_as is set, but nothing is sent to MLflow"):
         watch(here.config, once=True, command="", say=here.lines.append, progress=silent)
+
+
+@pytest.mark.parametrize(
+    ("plates_with_controls", "field"), [(0, r"watch\.policy = nearest"), (1, r"watch\.drift_threshold is unset")]
+)
+def test_policy_nearest_needs_a_measure_of_drift_and_the_others_do_not(lab, monkeypatch, plates_with_controls, field):
+    here, features = lab(policy="nearest"), DriftMeter._features
+    with_controls = []
+
+    def some(self, plates):
+        found = features(self, plates)
+        if plates[0] not in with_controls and len(with_controls) == plates_with_controls:
+            return found[:0]
+        with_controls.append(plates[0])
+        return found
+
+    monkeypatch.setattr(DriftMeter, "_features", some)
+    here.deliver(0)
+    with pytest.raises(ConfigError, match=field):
+        watch(here.config, once=True, command="", say=here.lines.append, progress=silent)
+    config = here.changed(policy="plate")
+    assert watch(config, once=True, command="", say=here.lines.append, progress=silent) == 0
+    table = pd.read_csv(here.root / "results" / "watch" / "plates.csv")
+    assert table["state"].tolist() == ["reported"]
+    assert table["drift_source"].isna().all()
 
 
 def fail_with(error):
@@ -395,8 +584,9 @@ def test_drift_fires_on_another_microscope_and_not_on_an_ordinary_new_plate(ray_
         bucket={"address": str(gallery)},
         metadata={"address": str(gallery / "metadata")},
         ingest={"sources": ["sim_a"]},
-        watch={"source": "sim_a", "policy": "nearest"},
+        watch={"source": "sim_a", "policy": "nearest", "settle_s": 0},
         views={"tile_crop": 40, "size_global": 32, "size_local": 16},
+        adapt={"no_partner": "same-image"},
     )
     run_ingest(config, lambda _: None)
     data.forget()
@@ -419,3 +609,16 @@ def test_drift_fires_on_another_microscope_and_not_on_an_ordinary_new_plate(ray_
     moved_meter = DriftMeter(config, meter.model, silent)
     moved_meter.embed([data.load_tiles(other, "sim_a").without_labels()], "")
     assert meter.reference.drift(moved_meter.controls([name])) > meter.threshold
+
+    # A plate of another lab with that microscope arrives: by the threshold that is measured it gets a model of its own.
+    shutil.copytree(gallery, tmp_path / "arriving", ignore=lambda _, names: [name for name in names if name == "sim_b"])
+    first = next(plate for plate in draw_plates(PRESETS["tiny"].model_copy(update=shape)) if plate.source == "sim_b")
+    deliver_plate(open_place(place(gallery)), open_place(place(tmp_path / "arriving")), first, other_microscope)
+    arriving = config.model_copy(update={"bucket": place(tmp_path / "arriving")})
+    with watching(arriving, print) as watcher:
+        watcher.look()
+        (journey,) = journeys(watcher.ledger.entries).values()
+    chosen = journey.facts["chosen"]
+    assert (chosen["unit"], chosen["threshold"]) == (first.name, meter.threshold)
+    assert chosen["drift_nearest"] > chosen["threshold"]
+    assert chosen["why"] == "further than the threshold from all that is known"

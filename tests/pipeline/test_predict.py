@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import ray
+from ray.exceptions import WorkerCrashedError
 
 from coda_ray.config import Config, ConfigError
 from coda_ray.learn.exported import DESCRIPTION, WEIGHTS, ModelError, unpack
 from coda_ray.pipeline import data
 from coda_ray.pipeline.evaluate import TILE_ID, embeddings_of, evaluate, predictions_of
 from coda_ray.pipeline.models import export_of, find_model, stored_models
-from coda_ray.pipeline.predict import PLATE_ID, _is_done, _Predictor, plates_of, predict, tiles_of, well_table
+from coda_ray.pipeline.predict import PLATE_ID, PredictionError, _is_done, _Predictor, plates_of, predict, tiles_of, well_table
 from coda_ray.pipeline.transfer import Request, plan, stages_of
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import COMPOUND, LABEL, TileIndex
@@ -166,8 +167,28 @@ def test_it_goes_on_where_it_stopped_and_two_workers_say_the_same(world, model, 
 def test_tiles_that_changed_are_predicted_anew(world, model, predicted):
     index = plates_of(tiles_of(changed(world[0], sources=["b"]), model))[0]
     out = open_place(place(Path(predicted[0].folder)))
-    assert _is_done(out, index, model)
-    assert not _is_done(out, TileIndex(index.frame.assign(crc32=0), index.folder, index.channels), model)
+    assert _is_done(out, index, model, "fp32")
+    assert not _is_done(out, index, model, "bf16")
+    assert not _is_done(out, TileIndex(index.frame.assign(crc32=0), index.folder, index.channels), model, "fp32")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"model": "x'])
+def test_a_damaged_note_is_named(world, model, tmp_path, content):
+    index = plates_of(tiles_of(changed(world[0], sources=["b"]), model))[0]
+    out = open_place(place(tmp_path))
+    out.write("b/b0/bb0p0/plate.json", content)
+    with pytest.raises(PredictionError, match=r"b/b0/bb0p0/plate\.json: is damaged \(.*\); delete it, and"):
+        _is_done(out, index, model, "fp32")
+
+
+def test_a_worker_that_dies_is_told(world, model, tmp_path, monkeypatch):
+    def dies(*args):
+        yield from ()
+        raise WorkerCrashedError
+
+    monkeypatch.setattr("coda_ray.pipeline.predict._stream", dies)
+    with pytest.raises(PredictionError, match=r"WorkerCrashedError: .*finished plates are kept"):
+        run(changed(world[0], out=str(tmp_path)), model, lambda *_: None)
 
 
 def test_broken_tiles_are_listed(predicted):
@@ -200,6 +221,17 @@ def test_many_broken_tiles_stop_and_leave_no_plate(ray_cluster, tmp_path, model)
         run(changed(config), model, lambda *_: None)
     assert not list(tmp_path.rglob("plate.json.*"))
     assert not list(Path(config.results.address).rglob("plate.json"))
+
+
+def test_a_plate_without_a_tile_that_can_be_read_has_no_tables_and_the_others_have(ray_cluster, tmp_path, model):
+    config = small_config(tmp_path, stream={"rows_per_task": 16, "tasks": 1, "max_bad_share": 0.5})
+    write_tiles(config, "b", batches=1, plates_per_batch=3)
+    (shard,) = (tmp_path / "tiles").rglob("bb0p1/shard-00000.npy")
+    shard.unlink()
+    with pytest.raises(UnreadableTilesError, match=r"no tile of 1 plate\(s\) .*: b/b0/bb0p1: .*shard is missing"):
+        run(changed(config), model, lambda *_: None)
+    written = {path.parent.name for path in Path(config.results.address).rglob("plate.json")}
+    assert written == {"bb0p0", "bb0p2"}
 
 
 def test_what_cannot_be_predicted_is_refused_before_ray(world, model):

@@ -76,6 +76,43 @@ def test_the_same_model_is_registered_once(world):
 
 
 @pytest.mark.slow
+def test_an_alias_stays_with_the_newest_version_of_its_kind(world):
+    made = {}
+    for seed in (1, 2):
+        files = random_export(world.config, target="v", unit="v", seed=seed)
+        made[seed] = files, unpack(files[DESCRIPTION], files[WEIGHTS], "here")
+    for seed, version, newest in ((1, "1", 1), (2, "2", 2), (1, "1", 2)):
+        files, model = made[seed]
+        assert register(world.config, "kinds", files, model.key, model.description["origin"]).version == version
+        assert int(open_client(world.address).get_model_version_by_alias("kinds", "adapted-v-v").version) == newest
+
+
+class Killed(BaseException):
+    """What a process that is killed does not catch either."""
+
+
+@pytest.mark.slow
+def test_a_version_that_a_killed_process_left_without_tags_is_no_second_one(world, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    files = random_export(world.config, target="u", unit="u")
+    model = unpack(files[DESCRIPTION], files[WEIGHTS], "here")
+
+    def killed(*args, **kwargs):
+        raise Killed
+
+    monkeypatch.setattr(MlflowClient, "set_model_version_tag", killed)
+    with pytest.raises(Killed):
+        register(world.config, "killed", files, model.key, model.description["origin"])
+    monkeypatch.undo()
+    again = register(world.config, "killed", files, model.key, model.description["origin"])
+    assert again == Registered("killed", "1", "adapted-u-u", False)
+    (version,) = open_client(world.address).search_model_versions("name = 'killed'")
+    assert version.tags["key"] == model.key
+    assert version.tags["target"] == "u"
+
+
+@pytest.mark.slow
 def test_what_is_logged_is_the_folder_and_code_and_no_pickle(world):
     logged = Path(world.config.results.address) / "mlflow_artifacts"
     files = [path for path in logged.rglob("*") if path.is_file()]
@@ -85,7 +122,7 @@ def test_what_is_logged_is_the_folder_and_code_and_no_pickle(world):
     assert not [
         path for path in files if path.read_bytes()[:2] in (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
     ]
-    (requirements, _) = sorted(logged.rglob("requirements.txt"))
+    (requirements, *_) = sorted(logged.rglob("requirements.txt"))
     lines = requirements.read_text().split()
     assert all("://" not in line and "@" not in line and "+" not in line for line in lines)
     assert {line.partition("==")[0] for line in lines} >= {"torch", "timm", "safetensors", "mlflow"}

@@ -22,7 +22,7 @@ from coda_ray.storage import Folder
 from coda_ray.tiles.store import content_key
 from coda_ray.tracking.figures import matrix_figures
 from coda_ray.tracking.live import LiveLogger
-from coda_ray.tracking.records import IDENTITY, MEASURES, read_history, read_record, read_records
+from coda_ray.tracking.records import IDENTITY, MEASURES, read_history, read_record, read_records, watched_path
 from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.store import ENVIRONMENT, RunStore, open_client
 from coda_ray.tracking.sync import sync
@@ -339,7 +339,7 @@ def plate_record(number, **changes):
         "tiles": 72, "quarantined": 1, "wells": 36, "controls": 12, "drift_source": 1.5, "drift_nearest": 0.5 * number,
         "threshold": 1.0, "nearest": "A", "model": "B plate p1", "why": "nearest", "target": "B", "granularity": "plate",
         "unit": "p1", "stage": "adapt/aaaa", "images": 71, "unreadable": 0, "confidence": 0.6, "replicate_agreement": None,
-        "adaptation_seconds": 12.5, "tries": 1, "folder": "gone",
+        "distances": {"A": 1.5, "B plate p/1": 0.5 * number}, "adaptation_seconds": 12.5, "tries": 1, "folder": "gone",
     }  # fmt: skip
     return record | changes
 
@@ -366,6 +366,10 @@ def test_plates_of_a_watcher_are_runs_and_points_of_its_curves_once(results, sto
     assert first.info.run_name == "B/b0/p1"
     assert first.data.params["model"] == "B plate p1"
     assert first.data.metrics["drift_nearest"] == 0.5
+    assert [(run.data.metrics["distance/A"], run.data.metrics["distance/B plate p_1"]) for run in (first, second)] == [
+        (1.5, 0.5),
+        (1.5, 1.0),
+    ]
     assert "1.50 from the source, 0.50 from A (threshold 1.00)" in first.data.tags["mlflow.note.content"]
     assert [file.path for file in store.client.list_artifacts(first.info.run_id)] == ["plate.png"]
 
@@ -373,12 +377,18 @@ def test_plates_of_a_watcher_are_runs_and_points_of_its_curves_once(results, sto
     folder.mkdir()
     (folder / "plate.png").write_bytes(b"PNG")
     for record in (plate_record(1), plate_record(2), plate_record(3, folder=str(folder))):
-        results.write(f"watched/watch1/p{record['number']}.json", json.dumps(record).encode())
+        path = watched_path("watch1", [record[name] for name in ("source", "batch", "plate")])
+        results.write(path, json.dumps(record).encode())
     results.write("jobs/watch1.json", json.dumps(job).encode())
+    results.write("watch/plates.csv", pd.concat([table, pd.DataFrame([plate_record(3)])]).to_csv(index=False).encode())
+    results.write("watch/drift.png", b"PNG")
     assert sync(results, store).plates == sync(results, store).plates == 3
     third = next(plate for plate in runs_by_kind(store)["plate"] if plate.data.tags["key"].endswith("p3"))
     assert [file.path for file in store.client.list_artifacts(third.info.run_id)] == ["plate.png"]
     assert [plate.info.status for plate in runs_by_kind(store)["plate"]] == ["FINISHED"] * 3
+    curve = store.client.get_metric_history(run.info.run_id, "drift_nearest")
+    assert [(point.step, point.value) for point in curve] == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    assert [file.path for file in store.client.list_artifacts(run.info.run_id)] == ["config.yaml", "drift.png", "plates.csv"]
 
 
 def test_a_job_that_is_not_done_stays_open(results, store):

@@ -34,8 +34,8 @@ from coda_ray.tracking.table import markdown_table
 
 Say = Callable[[str], None]
 POINT = "point"
-# A trial waits for its stages, which reserve what they need as they do in a matrix; Tune refuses 0.
-TRIAL = {"CPU": 0.01}
+# A trial waits for its stages, which may want every CPU of a node; Tune refuses to reserve nothing, so it is one byte.
+TRIAL = {"memory": 1.0}
 BEST, TABLE, SCORES = "best.yaml", "trials.csv", "scores.csv"
 MOST_TOLD = 10
 

@@ -9,6 +9,7 @@ from statistics import fmean
 import numpy as np
 import pandas as pd
 import pytest
+import ray
 import yaml
 
 from coda_ray.config import Config, ConfigError, Range
@@ -96,6 +97,13 @@ def test_the_same_command_again_runs_what_failed_alone(culled):
     assert "5 trials, 4 of them finished before" in said
     assert "before the trials:" not in said
     pd.testing.assert_frame_equal(again.table, outcome.table)
+
+
+def test_stages_that_want_every_cpu_leave_trials_room_side_by_side(finished):
+    config = changed(finished[0], space={"adapt.lr": [3e-3, 4e-3]}, seeds=[0], score_every=0, at_once=2)
+    cpus = ray.cluster_resources()["CPU"]
+    outcome, _ = swept(config.model_copy(update={"train": config.train.model_copy(update={"cpus_per_worker": cpus})}))
+    assert outcome.table["status"].value_counts().to_dict() == {"finished": 2, "unadapted": 1}
 
 
 def entropy_and_accuracy(config, seed):

@@ -103,9 +103,13 @@ def run_sweep(config: Config, command: str, say: Say) -> Outcome:
     try:
         tracker.start_job(job)
         _make_upstream(config, results, upstream, say)
-        _check_objective(config, results, cells)
-        whole = _search(config, results, key, tracker, say)
-        return _conclude(config, results, job, cells, tracker, whole=whole)
+        _check_objective(config, cells)
+        whole = False
+        try:
+            whole = _search(config, results, key, tracker, say)
+        finally:  # whatever ended the search, what is finished stands in the table
+            outcome = _conclude(config, results, job, cells, tracker, whole=whole)
+        return outcome
     finally:
         tracker.close()
 
@@ -174,7 +178,7 @@ def _make_upstream(config: Config, results: Folder, upstream: Sequence[Stage], s
         raise StagesFailedError(f"no trial was started, because stages that they stand on failed:\n{told}")
 
 
-def _check_objective(config: Config, results: Folder, cells: Sequence[Cell]) -> None:
+def _check_objective(config: Config, cells: Sequence[Cell]) -> None:
     """Refuse an objective that the data cannot answer; the unadapted models show it before a trial is run.
 
     Raises
@@ -185,11 +189,7 @@ def _check_objective(config: Config, results: Folder, cells: Sequence[Cell]) -> 
     objective = config.tune.objective
     for cell in cells:
         if cell.measure_unadapted()[objective] is None:
-            reasons = (cell.before.facts(results) or {})["reasons"]
-            raise ConfigError(
-                f"tune.objective = {objective!r} cannot be measured on {cell.request.target}: "
-                f"{reasons.get(objective, 'none of its tiles has a MoA label')}; choose another"
-            )
+            raise ConfigError(f"tune.objective: {cell.reason(objective, unadapted=True)}; choose another")
 
 
 def _search(config: Config, results: Folder, key: str, tracker: Tracker, say: Say) -> bool:

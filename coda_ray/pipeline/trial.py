@@ -117,6 +117,13 @@ class Cell:
         """Read what is known of the model before adaptation."""
         return self._measure(self.unadapted, self.before)
 
+    def reason(self, name: str, until: int | None = None, *, unadapted: bool = False) -> str:
+        """Tell why there is no such score: of the state after `until` steps, of the end, or of the model before adaptation."""
+        last = self.before if unadapted else self.after(until)[1]
+        reasons: dict[str, str] = (last.facts(open_place(self.config.results)) or {})["reasons"]
+        told = reasons.get(name, "none of its tiles has a MoA label")
+        return f"{name} cannot be measured on {self.request.target}: {told}"
+
     def _measure(self, evaluation: Stage, last: Stage) -> dict[str, Any]:
         """Run what is missing of a model's stages, and collect its scores, unless that was done."""
         results, request = open_place(self.config.results), self.request
@@ -206,12 +213,20 @@ class Trial:
         ----------
         tell
             Receives the record after each score; may end the trial by an exception.
+
+        Raises
+        ------
+        ValueError
+            When a state has no score; with the criterion's reason.
         """
         results = open_place(self.cells[0].config.results)
         begun, curve = time.monotonic(), []
         for until in self._stops(results):
             cells = [cell.measure(until) for cell in self.cells]
             mean, spread = summary(cells, self.objective)
+            if mean is None:  # which neither Optuna nor ASHA can compare
+                lacking = next(own for own, found in zip(self.cells, cells, strict=True) if found[self.objective] is None)
+                raise ValueError(lacking.reason(self.objective, until))
             now = int(time.time() * 1000)
             curve.append({"step": until or self.steps, "score": mean, "time_ms": now, "cells": cells})
             record = {

@@ -12,8 +12,9 @@ import pytest
 import ray
 import yaml
 
+from coda_ray.analysis.selection import CRITERIA
 from coda_ray.config import Config, ConfigError, Range
-from coda_ray.pipeline import data
+from coda_ray.pipeline import data, sweep
 from coda_ray.pipeline.evaluate import TILE_ID, predictions_of
 from coda_ray.pipeline.space import config_at
 from coda_ray.pipeline.sweep import TABLE, _bases, _key, run_sweep
@@ -82,6 +83,35 @@ def test_a_trial_that_raises_is_recorded_and_the_rest_finish(culled):
     assert (row["status"], row["adapt.lr"]) == ("failed", 1e30)
     assert "diverged" in row["reason"] or "FloatingPointError" in row["reason"]
     assert set(outcome.table["status"]) >= {"finished", "failed", "unadapted"}
+
+
+@pytest.mark.parametrize("fields", [{"stop_early": True}, {"search": "optuna", "samples": 4}], ids=["asha", "optuna"])
+def test_a_trial_without_a_score_fails_with_the_reason_and_the_rest_finish(finished, fields):
+    space = {"adapt.lr": [1e-3, 6e-3]}
+    config = changed(finished[0], space=space, seeds=[0], objective="mutual_information", at_once=1, **fields)
+    (cell,) = Trial.at(config, "", {"adapt.lr": 6e-3}).cells
+    facts = {"criteria": dict.fromkeys(CRITERIA), "reasons": {"mutual_information": "the model is an invented one"}}
+    open_place(config.results).write(f"{cell.after(2)[1].path}/done.json", json.dumps(facts).encode())
+    outcome, _ = swept(config)
+    assert set(outcome.table["status"]) == {"finished", "failed", "unadapted"}
+    (failed,) = outcome.table[outcome.table["status"] == "failed"].to_dict("records")
+    assert failed["adapt.lr"] == 6e-3
+    assert failed["reason"] == "ValueError: mutual_information cannot be measured on b: the model is an invented one"
+
+
+def test_whatever_ends_the_search_the_table_is_written(finished, monkeypatch):
+    config, outcome, _ = finished
+    file = Path(next(file for file in outcome.files if file.endswith(TABLE)))
+    before = file.read_bytes()
+    file.unlink()
+
+    def broken(*_args, **_options):
+        raise RuntimeError("Tune broke down")
+
+    monkeypatch.setattr(sweep, "_search", broken)
+    with pytest.raises(RuntimeError, match="Tune broke down"):
+        swept(config)
+    assert file.read_bytes() == before
 
 
 def test_bad_trials_end_early(culled):
@@ -202,7 +232,7 @@ def test_no_label_of_the_target_is_behind_a_score(finished, monkeypatch):
         ({"space": {}}, "tune.space is empty"),
         ({"pairs": []}, "tune.pairs is empty"),
         ({"objective": "accuracy"}, "tune.objective = 'accuracy': choose from .*oracle_accuracy"),
-        ({"objective": "kbet"}, r"tune\.objective = 'kbet' cannot be measured on b: .*; choose another"),
+        ({"objective": "kbet"}, r"tune\.objective: kbet cannot be measured on b: .*; choose another"),
         ({"space": {"dino.ema_start": [0.9, 0.99]}}, r"tune\.space\.dino\.ema_start: it changes the unadapted model"),
         ({"space": {"adapt.speed": [1]}}, r"tune\.space\.adapt\.speed: there is no such field"),
     ],

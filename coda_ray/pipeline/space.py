@@ -63,6 +63,12 @@ def points_of(settings: Tune) -> list[Point]:
     ]  # fmt: skip
 
 
+def own_points(settings: Tune) -> list[Point]:
+    """List every method with every granularity of a space; what it does not search is as section tune says."""
+    domains = [settings.space.get(name, [getattr(settings, name)]) for name in OWN]
+    return [dict(zip(OWN, values, strict=True)) for values in product(*(d for d in domains if isinstance(d, list)))]
+
+
 def corners(settings: Tune) -> list[Point]:
     """List points that differ in one value each and together reach every value of lists and both ends of ranges."""
     ends = {name: _ends(domain) if isinstance(domain, Range) else domain for name, domain in settings.space.items()}

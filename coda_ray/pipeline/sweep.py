@@ -20,7 +20,7 @@ from coda_ray.cluster import quieten
 from coda_ray.config import Config, ConfigError, dump_config
 from coda_ray.pipeline.matrix import StagesFailedError, run_stages
 from coda_ray.pipeline.record import job_record
-from coda_ray.pipeline.space import OWN, config_at, corners, points_of, tune_domain
+from coda_ray.pipeline.space import OWN, config_at, corners, own_points, points_of, tune_domain
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.task import room
 from coda_ray.pipeline.transfer import with_needs
@@ -94,9 +94,11 @@ def run_sweep(config: Config, command: str, say: Say) -> Outcome:
         When a stage that every trial stands on failed.
     """
     results = open_place(config.results)
-    cells = _bases(config)
+    bases = _bases(config)
+    key = _key(config, bases)
+    # Several methods and every granularity start from one unadapted model.
+    cells = list({cell.before.key: cell for cell in reversed(bases)}.values())[::-1]
     upstream = with_needs(cell.before for cell in cells)
-    key = _key(config, cells)
     job = _job(config, key, command, upstream)
     results.write(f"jobs/{key}.json", json.dumps(job, indent=1).encode())
     tracker = Tracker.open(config.tracking, results)
@@ -115,7 +117,7 @@ def run_sweep(config: Config, command: str, say: Say) -> Outcome:
 
 
 def _bases(config: Config) -> list[Cell]:
-    """Plan what no trial changes: the cells of each method at the configuration's own values.
+    """Plan what no trial changes: the cells of each method and granularity at the configuration's own values.
 
     Raises
     ------
@@ -128,7 +130,6 @@ def _bases(config: Config) -> list[Cell]:
     known = {*CRITERIA, *ORACLES}
     if settings.objective not in known:
         raise ConfigError(f"tune.objective = {settings.objective!r}: choose from {', '.join(sorted(known))}")
-    found: dict[str, Cell] = {}
     for point in corners(settings):
         own = {name: value for name, value in point.items() if name in OWN}
         for base, cell in zip(Trial.at(config, "", own).cells, Trial.at(config, "", point).cells, strict=True):
@@ -138,8 +139,7 @@ def _bases(config: Config) -> list[Cell]:
                     f"tune.space.{changed}: it changes the unadapted model, which trials share; search fields of the adaptation, "
                     "such as adapt.lr or adapt.dino.ema_start, and run jobs/matrix.py for the rest"
                 )
-            found.setdefault(base.before.key, base)
-    return list(found.values())
+    return [cell for own in own_points(settings) for cell in Trial.at(config, "", own).cells]
 
 
 def _key(config: Config, cells: Sequence[Cell]) -> str:

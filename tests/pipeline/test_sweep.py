@@ -243,6 +243,21 @@ def test_a_sweep_that_cannot_be_is_told_before_the_trials(finished, fields, told
         swept(changed(config, **fields))
 
 
+@pytest.mark.parametrize(
+    ("space", "section", "field"),
+    [
+        ({"method": ["coda", "tent"]}, "tent", {"lr": 0.5}),
+        ({"granularity": ["source", "batch"]}, "adapt", {"minibatch_unit": 4}),
+    ],
+)
+def test_what_any_method_or_granularity_reads_is_in_the_key_of_the_sweep(finished, space, section, field):
+    config = changed(finished[0], space=space)
+    other = config.model_copy(update={section: getattr(config, section).model_copy(update=field)})
+    assert _key(other, _bases(other)) != _key(config, _bases(config))
+    narrow = changed(other, space={"adapt.lr": [1e-3]}), changed(config, space={"adapt.lr": [1e-3]})
+    assert len({_key(one, _bases(one)) for one in narrow}) == 1
+
+
 def test_optuna_goes_on_from_what_was_found(finished):
     config, _, _ = finished
     space = {"adapt.lr": Range(low=1e-4, high=1e-2, log=True)}

@@ -11,8 +11,9 @@ from ray import tune
 
 from coda_ray.config import Config, ConfigError, Range, Tune
 
-# Fields of section tune that a space may search; every other name is a field of the configuration.
+# What a space may search, because the adaptation alone reads it: two fields of section tune, and every field of two sections.
 OWN = ("method", "granularity")
+SECTIONS = ("adapt", "tent")
 Point = dict[str, Any]
 Domain = list[Any] | Range
 
@@ -30,19 +31,21 @@ def config_at(config: Config, point: Mapping[str, Any]) -> Config:
     Raises
     ------
     ConfigError
-        When there is no such field, or it takes no such value.
+        When there is no such field, not the adaptation alone reads it, or it takes no such value.
     """
     values = config.model_dump(mode="json")
     for name, value in point.items():
         *path, field = f"tune.{name}".split(".") if name in OWN else name.split(".")
+        if name not in OWN and (not path or path[0] not in SECTIONS):
+            raise ConfigError(
+                f"tune.space.{name}: searched are method, granularity and fields of adapt and tent, which the adaptation alone "
+                "reads, such as adapt.lr or adapt.dino.ema_start; compare other settings by jobs/matrix.py"
+            )
         section: Any = values
         for step in path:
             section = section.get(step) if isinstance(section, dict) else None
-        if not path or not isinstance(section, dict) or field not in section:
-            raise ConfigError(
-                f"tune.space.{name}: there is no such field; give method, granularity, or a field such as adapt.lr or "
-                "adapt.dino.ema_start"
-            )
+        if not isinstance(section, dict) or field not in section:
+            raise ConfigError(f"tune.space.{name}: there is no such field; give one of adapt or tent, such as adapt.lr")
         section[field] = value
     try:
         return Config.model_validate(values)

@@ -122,7 +122,7 @@ def _bases(config: Config) -> list[Cell]:
     Raises
     ------
     ConfigError
-        When there is nothing to search, a name is unknown, or a value changes what trials should share.
+        When there is nothing to search, or a name or a value is none.
     """
     settings = config.tune
     if not settings.pairs or not settings.space:
@@ -131,14 +131,7 @@ def _bases(config: Config) -> list[Cell]:
     if settings.objective not in known:
         raise ConfigError(f"tune.objective = {settings.objective!r}: choose from {', '.join(sorted(known))}")
     for point in corners(settings):
-        own = {name: value for name, value in point.items() if name in OWN}
-        for base, cell in zip(Trial.at(config, "", own).cells, Trial.at(config, "", point).cells, strict=True):
-            if base.unadapted.key != cell.unadapted.key:
-                changed = next(name for name in point if name not in OWN and not name.startswith(("adapt.", "tent.")))
-                raise ConfigError(
-                    f"tune.space.{changed}: it changes the unadapted model, which trials share; search fields of the adaptation, "
-                    "such as adapt.lr or adapt.dino.ema_start, and run jobs/matrix.py for the rest"
-                )
+        Trial.at(config, "", point)
     return [cell for own in own_points(settings) for cell in Trial.at(config, "", own).cells]
 
 

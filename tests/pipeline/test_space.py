@@ -40,7 +40,10 @@ def test_corners_reach_every_value():
 
 def test_a_point_changes_what_it_names(tmp_path):
     config = small_config(tmp_path)
-    changed = config_at(config, {"adapt.lr": 0.5, "adapt.dino.ema_start": 0.9, "granularity": "plate", "method": "oda"})
+    changed = config_at(
+        config, {"adapt.lr": 0.5, "adapt.dino.ema_start": 0.9, "tent.lr": 0.1, "granularity": "plate", "method": "oda"}
+    )
+    assert changed.tent.lr == 0.1
     assert (changed.adapt.lr, changed.tune.granularity, changed.tune.method) == (0.5, "plate", "oda")
     assert (changed.dino.ema_start, changed.adapting.ema_start) == (config.dino.ema_start, 0.9)
     assert config_at(config, {}) == config
@@ -50,7 +53,12 @@ def test_a_point_changes_what_it_names(tmp_path):
     ("point", "told"),
     [
         ({"adapt.rate": 1}, r"tune\.space\.adapt\.rate: there is no such field"),
-        ({"lr": 1}, r"tune\.space\.lr: there is no such field"),
+        ({"lr": 1}, r"tune\.space\.lr: searched are method, granularity and fields of adapt and tent"),
+        ({"dino.ema_start": 0.9}, r"tune\.space\.dino\.ema_start: searched are"),
+        ({"train.log_every": 5}, r"tune\.space\.train\.log_every: searched are"),
+        ({"stream.tasks": 1}, r"tune\.space\.stream\.tasks: searched are"),
+        ({"results.address": "elsewhere"}, r"tune\.space\.results\.address: searched are"),
+        ({"tune.objective": "kbet"}, r"tune\.space\.tune\.objective: searched are"),
         ({"adapt.lr.x": 1}, r"tune\.space\.adapt\.lr\.x: there is no such field"),
         ({"adapt.lr": -1.0}, r"tune\.space: adapt\.lr: .*greater than 0 \(of \{'adapt\.lr': -1\.0\}\)"),
         ({"granularity": "well"}, r"tune\.space: tune\.granularity: .*'source', 'batch' or 'plate'"),

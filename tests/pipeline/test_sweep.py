@@ -233,7 +233,6 @@ def test_no_label_of_the_target_is_behind_a_score(finished, monkeypatch):
         ({"pairs": []}, "tune.pairs is empty"),
         ({"objective": "accuracy"}, "tune.objective = 'accuracy': choose from .*oracle_accuracy"),
         ({"objective": "kbet"}, r"tune\.objective: kbet cannot be measured on b: .*; choose another"),
-        ({"space": {"dino.ema_start": [0.9, 0.99]}}, r"tune\.space\.dino\.ema_start: it changes the unadapted model"),
         ({"space": {"adapt.speed": [1]}}, r"tune\.space\.adapt\.speed: there is no such field"),
     ],
 )

@@ -74,9 +74,17 @@ def own_points(settings: Tune) -> list[Point]:
 
 def corners(settings: Tune) -> list[Point]:
     """List points that differ in one value each and together reach every value of lists and both ends of ranges."""
-    ends = {name: _ends(domain) if isinstance(domain, Range) else domain for name, domain in settings.space.items()}
+    ends = {name: _reached(domain) for name, domain in settings.space.items()}
     first = {name: values[0] for name, values in ends.items()}
     return [first, *({**first, name: value} for name, values in ends.items() for value in values[1:])]
+
+
+def lengths(settings: Tune) -> list[Point]:
+    """List points that reach every length of an adaptation: each method, with the ends of what its steps are counted by."""
+    found = corners(settings)[0]
+    counted = [name for name in settings.space if name == "method" or name.endswith((".steps", ".minibatch"))]
+    domains = [_reached(settings.space[name]) for name in counted]
+    return [{**found, **dict(zip(counted, values, strict=True))} for values in product(*domains)]
 
 
 def tune_domain(domain: Domain) -> Any:
@@ -89,8 +97,10 @@ def tune_domain(domain: Domain) -> Any:
     return tune.loguniform(domain.low, domain.high) if domain.log else tune.uniform(domain.low, domain.high)
 
 
-def _ends(domain: Range) -> list[Any]:
-    """Both ends, as whole numbers where those are wanted."""
+def _reached(domain: Domain) -> list[Any]:
+    """Take the values of a list, or both ends of a range, as whole numbers where those are wanted."""
+    if not isinstance(domain, Range):
+        return domain
     return [round(end) if domain.whole else end for end in (domain.low, domain.high)]
 
 

@@ -20,7 +20,7 @@ from coda_ray.cluster import quieten
 from coda_ray.config import Config, ConfigError, dump_config
 from coda_ray.pipeline.matrix import StagesFailedError, run_stages
 from coda_ray.pipeline.record import job_record
-from coda_ray.pipeline.space import OWN, config_at, corners, own_points, points_of, tune_domain
+from coda_ray.pipeline.space import OWN, config_at, corners, lengths, own_points, points_of, tune_domain
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.task import room
 from coda_ray.pipeline.transfer import with_needs
@@ -122,7 +122,7 @@ def _bases(config: Config) -> list[Cell]:
     Raises
     ------
     ConfigError
-        When there is nothing to search, or a name or a value is none.
+        When there is nothing to search, a name or a value is none, or no trial is long enough to be stopped early.
     """
     settings = config.tune
     if not settings.pairs or not settings.space:
@@ -132,6 +132,11 @@ def _bases(config: Config) -> list[Cell]:
         raise ConfigError(f"tune.objective = {settings.objective!r}: choose from {', '.join(sorted(known))}")
     for point in corners(settings):
         Trial.at(config, "", point)
+    if settings.stop_early and settings.score_every > (longest := _longest(config)):
+        raise ConfigError(
+            f"tune.score_every = {settings.score_every}: the longest adaptation has {longest} steps, so none could end early; "
+            "lower it, or set tune.stop_early to false"
+        )
     return [cell for own in own_points(settings) for cell in Trial.at(config, "", own).cells]
 
 
@@ -269,8 +274,14 @@ def _scheduler(config: Config) -> ASHAScheduler | None:
     settings = config.tune
     if not settings.stop_early:
         return None
-    longest = max(Trial.at(config, "", point).steps for point in corners(settings))
-    return ASHAScheduler(time_attr="step", max_t=longest, grace_period=settings.score_every, reduction_factor=settings.reduction)
+    return ASHAScheduler(
+        time_attr="step", max_t=_longest(config), grace_period=settings.score_every, reduction_factor=settings.reduction
+    )
+
+
+def _longest(config: Config) -> int:
+    """Steps of the longest adaptation that a trial may have."""
+    return max(Trial.at(config, "", point).steps for point in lengths(config.tune))
 
 
 def _at_once(config: Config) -> int:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from coda_ray.config import ConfigError, Range, Tune
-from coda_ray.pipeline.space import config_at, corners, points_of
+from coda_ray.pipeline.space import config_at, corners, lengths, points_of
 from synthetic import small_config
 
 SPACE = {"granularity": ["source", "batch"], "adapt.lr": [1e-4, 1e-3, 1e-2]}
@@ -36,6 +36,15 @@ def test_corners_reach_every_value():
     assert {p["adapt.lr"] for p in found} == {1e-4, 1e-3, 1e-2}
     assert {p["adapt.steps"] for p in found} == {10, 20}
     assert len(found) == 1 + 1 + 2 + 1
+
+
+def test_lengths_reach_the_longest_adaptation_of_each_method():
+    space = {**SPACE, "method": ["tent", "coda"], "adapt.steps": Range(low=10, high=20, whole=True), "tent.steps": [5, 30]}
+    found = lengths(Tune(space=space))
+    assert {(p["method"], p["adapt.steps"], p["tent.steps"]) for p in found} == {
+        (method, steps, others) for method in ("tent", "coda") for steps in (10, 20) for others in (5, 30)
+    }
+    assert {(p["granularity"], p["adapt.lr"]) for p in found} == {("source", 1e-4)}
 
 
 def test_a_point_changes_what_it_names(tmp_path):

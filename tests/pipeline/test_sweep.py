@@ -231,6 +231,7 @@ def test_no_label_of_the_target_is_behind_a_score(finished, monkeypatch):
     [
         ({"space": {}}, "tune.space is empty"),
         ({"pairs": []}, "tune.pairs is empty"),
+        ({"stop_early": True, "score_every": 5}, r"tune\.score_every = 5: the longest adaptation has 4 steps"),
         ({"objective": "accuracy"}, "tune.objective = 'accuracy': choose from .*oracle_accuracy"),
         ({"objective": "kbet"}, r"tune\.objective: kbet cannot be measured on b: .*; choose another"),
         ({"space": {"adapt.speed": [1]}}, r"tune\.space\.adapt\.speed: there is no such field"),

@@ -15,7 +15,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from coda_ray.analysis.selection import CRITERIA
+from coda_ray.analysis.selection import ACROSS_BATCHES, CRITERIA
 from coda_ray.cluster import quieten
 from coda_ray.config import Config, ConfigError, dump_config
 from coda_ray.pipeline.matrix import StagesFailedError, run_stages
@@ -137,7 +137,38 @@ def _bases(config: Config) -> list[Cell]:
             f"tune.score_every = {settings.score_every}: the longest adaptation has {longest} steps, so none could end early; "
             "lower it, or set tune.stop_early to false"
         )
-    return [cell for own in own_points(settings) for cell in Trial.at(config, "", own).cells]
+    cells = [cell for own in own_points(settings) for cell in Trial.at(config, "", own).cells]
+    _check_seen(config, cells)
+    return cells
+
+
+def _check_seen(config: Config, cells: Sequence[Cell]) -> None:
+    """Refuse an objective that the adapted tiles or a method cannot answer, and trials that no common tiles are scored on.
+
+    Raises
+    ------
+    ConfigError
+        When there are such.
+    """
+    objective, unit = config.tune.objective, f"adapt.unit = {config.adapt.unit!r}"
+    scored: dict[tuple[str, str, int], str] = {}
+    for cell in cells:
+        request, (batch, *more) = cell.request, cell.seen.units("batch")
+        if objective in ACROSS_BATCHES and not more:
+            raise ConfigError(
+                f"tune.objective = {objective!r} compares batches, and all tiles of {request.target} that are adapted to are of "
+                f"{batch} ({unit}, granularity {request.granularity}); choose another objective, or set adapt.unit to all"
+            )
+        if objective == "held_out_loss" and request.method == "tent":
+            raise ConfigError(
+                f"tune.objective = {objective!r}: tent has no self-supervised loss; choose another, or leave tent out"
+            )
+        seen = cell.seen.fingerprint
+        if scored.setdefault((request.source, request.target, request.seed), seen) != seen:
+            raise ConfigError(
+                f"{unit}: trials of different granularity would be scored on different tiles of {request.target}; "
+                "set it to all, or search one granularity"
+            )
 
 
 def _key(config: Config, cells: Sequence[Cell]) -> str:

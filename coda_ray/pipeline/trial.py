@@ -91,11 +91,11 @@ class Cell:
             }
             title = f"{request.method} {request.source} to {request.target} per {request.granularity}, seed {request.seed}"
             evaluation = combine(self.config, title, request.granularity, parts)
-        return evaluation, criteria(self.config, self._seen, evaluation, tuple(trained.values()), self.unadapted)
+        return evaluation, criteria(self.config, self.seen, evaluation, tuple(trained.values()), self.unadapted)
 
     @cached_property
-    def _seen(self) -> TileIndex:
-        """Tiles of the units that are adapted to."""
+    def seen(self) -> TileIndex:
+        """Tiles of the units that are adapted to; on them the trial is scored."""
         if len(self._units) == len(self.index.units(self.request.granularity)):
             return self.index
         (unit,) = self._units
@@ -137,7 +137,7 @@ class Cell:
     def _oracles(self, evaluation: Stage, results: Folder) -> dict[str, float | None]:
         """Score with the target's labels; for research, never for a choice that claims not to need them."""
         classes = self._model.classifier.inputs["classes"]
-        counted = data.scored(self.config, self.request.source, self._seen, classes)
+        counted = data.scored(self.config, self.request.source, self.seen, classes)
         records = list(score(self.config, results, [Transfer({}, evaluation, None, counted)]))
         return {name: records[0][field] if records else None for name, field in ORACLES.items()}
 

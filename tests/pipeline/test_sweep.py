@@ -244,6 +244,22 @@ def test_a_sweep_that_cannot_be_is_told_before_the_trials(finished, fields, told
 
 
 @pytest.mark.parametrize(
+    ("unit", "fields", "told"),
+    [
+        ("b1", {"objective": "replicate_map", "granularity": "batch"}, "'replicate_map' compares batches.* are of b1"),
+        ("random", {"objective": "ilisi", "granularity": "batch"}, r"'ilisi' compares batches.*\(adapt\.unit = 'random'"),
+        ("all", {"objective": "held_out_loss", "method": "tent"}, "'held_out_loss': tent has no self-supervised loss"),
+        ("random", {"space": {"granularity": ["source", "batch"]}}, "would be scored on different tiles of b"),
+    ],
+)
+def test_what_the_adapted_tiles_cannot_answer_is_told_before_anything_is_trained(tmp_path, unit, fields, told):
+    config = world(tmp_path, **{"space": {"adapt.lr": [1e-3]}, **fields})
+    with pytest.raises(ConfigError, match=told):
+        swept(config.model_copy(update={"adapt": config.adapt.model_copy(update={"unit": unit})}))
+    assert not Path(config.results.address).exists()
+
+
+@pytest.mark.parametrize(
     ("space", "section", "field"),
     [
         ({"method": ["coda", "tent"]}, "tent", {"lr": 0.5}),

@@ -1,5 +1,6 @@
 """What a person sees of a job: progress, tables, where the results are, and an exit code."""
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -116,8 +117,9 @@ def run_tune(config: Config, command: str) -> int:
     console.print(trials_table(outcome.table, config))
     for address in outcome.files:
         console.print(address, soft_wrap=True, highlight=False)
-    if outcome.command:
-        console.print(f"the best: {outcome.command}", soft_wrap=True, markup=False, highlight=False)
+    adapt = shlex.join(re.sub(r"\btune\.py$", "adapt.py", word) for word in shlex.split(command))
+    for options in outcome.best:
+        console.print(f"the best: {adapt} {options}", soft_wrap=True, markup=False, highlight=False)
     if outcome.ui_hint:
         console.print(f"MLflow: {outcome.ui_hint}", soft_wrap=True, highlight=False)
     if not outcome.whole:

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from coda_ray.pipeline.transfer import with_needs
 from coda_ray.pipeline.trial import ORACLE, ORACLES, Cell, Trial, summary
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key
+from coda_ray.tracking.notes import CONFIG, adapt_block, trial_options
 from coda_ray.tracking.records import read_record, read_records, trial_measures
 from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.store import REPORT
@@ -52,8 +52,9 @@ class Outcome:
     files
         Address of the table, of every score of every pair, seed and step and, once a trial finished, of the best
         configuration.
-    command
-        Adapts with the best values; None before a trial finished.
+    best
+        Options of jobs/adapt.py, beside the sweep's own, that adapt with the best values, a line for each pair and seed; none
+        before a trial finished.
     whole
         Whether every trial ended: finished, stopped early or failed.
     ui_hint
@@ -62,7 +63,7 @@ class Outcome:
 
     table: pd.DataFrame
     files: list[str]
-    command: str | None
+    best: list[str]
     whole: bool
     ui_hint: str | None
 
@@ -378,23 +379,22 @@ def _conclude(
     files = {
         name: frame.to_csv(index=False).encode() for name, frame in ((TABLE, table), (SCORES, _scores(config, records, cells)))
     }
-    command, best_score = None, {}
+    options, best_score = [], {}
     finished = table[(table["status"] == "finished") & table["score"].notna()]
     folder = results.child(f"{REPORT}/{job['key']}")
     if len(finished):
         (best,) = [record for record in records if record["key"] == finished["key"].iloc[0]]
         best_score = {"best_score": best["score"]}
-        chosen = config_at(config, best[POINT])
-        files[BEST] = dump_config(chosen).encode()
-        command = _command(chosen, folder.address(BEST))
+        files[BEST] = dump_config(config_at(config, best[POINT])).encode()
+        options = trial_options(best[POINT], config.tune.model_dump(mode="json"))
     for name, content in files.items():
         folder.write(name, content)
     if whole:
-        job |= {"whole": True, "summary": _summary(config, table, command), "scores": best_score}
+        job |= {"whole": True, "summary": _summary(config, table, options), "scores": best_score}
         results.write(f"jobs/{job['key']}.json", json.dumps(job, indent=1).encode())
         tracker.finish_job(job)
     tracker.report(job, files)
-    return Outcome(table, [folder.address(name) for name in files], command, whole, tracker.ui_hint)
+    return Outcome(table, [folder.address(name) for name in files], options, whole, tracker.ui_hint)
 
 
 def _table(config: Config, records: Sequence[Mapping[str, Any]], cells: Sequence[Cell]) -> pd.DataFrame:
@@ -438,7 +438,7 @@ def _scores(config: Config, records: Sequence[Mapping[str, Any]], cells: Sequenc
     return pd.DataFrame(rows)
 
 
-def _summary(config: Config, table: pd.DataFrame, command: str | None) -> str:
+def _summary(config: Config, table: pd.DataFrame, best: Sequence[str]) -> str:
     """Tell of the best trials in Markdown, for those who meet the sweep in MLflow."""
     names = [*config.tune.space, "status", "score", "score_std", ORACLE]
     rows = [
@@ -446,7 +446,7 @@ def _summary(config: Config, table: pd.DataFrame, command: str | None) -> str:
     ]
     words = f"Trials by {config.tune.objective}, the best first; {ORACLE} reads labels: for research."
     told = f"{words}\n\n{markdown_table(names, rows)}"
-    return f"{told}\nThe best:\n\n```\n{command}\n```\n" if command else told
+    return f"{told}\nThe best, with {CONFIG} out of the artifacts:\n\n{adapt_block(best)}" if best else told
 
 
 def _by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
@@ -470,12 +470,3 @@ def _unadapted(config: Config, method: str, cells: Sequence[Cell]) -> dict[str, 
         **trial_measures({"cells": measured, "score_std": spread}),
         "key": f"unadapted {method}",
     }
-
-
-def _command(best: Config, file: str) -> str:
-    """Adapt with the best values, by hand."""
-    settings = best.tune
-    (source, target), seed = settings.pairs[0], settings.seeds[0]
-    words = ["python", "jobs/adapt.py", "--config", file, "--source", source, "--target", target]
-    words += ["--method", settings.method, "--granularity", settings.granularity, "--seed", str(seed)]
-    return shlex.join(words)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 from pathlib import Path
 from statistics import fmean
@@ -13,15 +14,17 @@ import ray
 import yaml
 
 from coda_ray.analysis.selection import CRITERIA
-from coda_ray.config import Config, ConfigError, Range
+from coda_ray.config import Config, ConfigError, Range, dump_config, parse_job
 from coda_ray.pipeline import data, sweep
 from coda_ray.pipeline.evaluate import TILE_ID, predictions_of
+from coda_ray.pipeline.report import run_tune
 from coda_ray.pipeline.space import config_at
 from coda_ray.pipeline.sweep import TABLE, _bases, _key, run_sweep
 from coda_ray.pipeline.transfer import Request, plan, with_needs
 from coda_ray.pipeline.trial import Trial
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import LABEL
+from jobs import adapt
 from synthetic import small_config, write_tiles
 
 pytestmark = pytest.mark.slow
@@ -170,15 +173,35 @@ def test_units_are_read_by_their_own_models(finished):
     assert facts["criteria"]["held_out_loss"] > 0
 
 
-def test_the_best_is_written_as_a_configuration_and_as_a_command(finished):
+def test_the_best_is_written_as_a_configuration(finished):
     _, outcome, _ = finished
     best = outcome.table[outcome.table["status"] == "finished"].iloc[0]
     file = next(address for address in outcome.files if address.endswith("best.yaml"))
     chosen = Config.model_validate(yaml.safe_load(Path(file).read_text()))
     assert (chosen.adapt.lr, chosen.tune.granularity) == (best["adapt.lr"], best["granularity"])
-    words = ["--source", "a", "--target", "b", "--method", "coda", "--granularity", best["granularity"], "--seed", "0"]
-    assert shlex.split(outcome.command) == ["python", "jobs/adapt.py", "--config", file, *words]
     assert list(pd.read_csv(next(f for f in outcome.files if f.endswith(TABLE)))["key"]) == list(outcome.table["key"])
+
+
+def test_the_commands_of_the_best_run_as_they_are_printed_and_train_nothing(finished, tmp_path, monkeypatch, capsys):
+    config, outcome, _ = finished
+    file = tmp_path / "own.yaml"
+    file.write_text(dump_config(config))
+    assert run_tune(config, f"python jobs/tune.py --config {file} --tune.at-once 1") == 0
+    commands = re.findall(r"^the best: (.+)$", capsys.readouterr().out, re.MULTILINE)
+    best = outcome.table[outcome.table["status"] == "finished"].iloc[0]
+    results, trained = Path(config.results.address), ("pretrain", "classify", "adapt")
+    before = {path: path.stat().st_mtime_ns for kind in trained for path in results.glob(f"{kind}/**/*")}
+    asked = []
+    for command in commands:
+        python, script, *words = shlex.split(command)
+        assert (python, script) == ("python", "jobs/adapt.py")
+        monkeypatch.setattr("sys.argv", [script, *words])
+        assert adapt.main() == 0
+        made = parse_job(adapt.AdaptJob, words, prog="", description="")
+        asked.append((made.source, made.target, made.seed))
+        assert (made.method, made.granularity, made.adapt.lr) == ("coda", best["granularity"], best["adapt.lr"])
+    assert asked == [("a", "b", 0), ("a", "b", 1)]
+    assert {path: path.stat().st_mtime_ns for kind in trained for path in results.glob(f"{kind}/**/*")} == before
 
 
 def test_states_in_the_middle_leave_their_criteria_alone(finished):

@@ -16,6 +16,7 @@ from coda_ray.pipeline.sweep import run_sweep
 from coda_ray.pipeline.transfer import Request
 from coda_ray.pipeline.trial import ORACLE
 from coda_ray.storage import open_place
+from coda_ray.tracking.records import score_name
 from coda_ray.tracking.table import matrices, render_matrix
 
 # Columns where the output is no terminal.
@@ -131,17 +132,17 @@ def run_tune(config: Config, command: str) -> int:
 def trials_table(trials: pd.DataFrame, config: Config) -> Table:
     """Lay out a sweep, the best trial first."""
     settings = config.tune
-    seeds = int(trials["n_seeds"].max())
+    seeds, name = int(trials["n_seeds"].max()), score_name(settings.objective)
     table = Table(title=f"trials by {settings.objective}, mean ± standard deviation over {seeds} seed(s); {ORACLE} reads labels")
-    for name in ("#", *settings.space, "status", "step", settings.objective, ORACLE):
-        table.add_column(name, overflow="fold")
+    for column in ("#", *settings.space, "status", "step", settings.objective, ORACLE):
+        table.add_column(column, overflow="fold")
     for place, row in enumerate(trials.head(MOST_ROWS).to_dict("records"), 1):
         values = [
-            "–" if pd.isna(row[name]) else f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name])
-            for name in settings.space
+            "–" if pd.isna(row[field]) else f"{row[field]:.4g}" if isinstance(row[field], float) else str(row[field])
+            for field in settings.space
         ]
-        spread = "" if pd.isna(row["score_std"]) else f" ± {row['score_std']:.4f}"
-        score = "–" if pd.isna(row["score"]) else f"{row['score']:.4f}{spread}"
+        spread = "" if pd.isna(row[f"{name}_std"]) else f" ± {row[f'{name}_std']:.4f}"
+        score = "–" if pd.isna(row[name]) else f"{row[name]:.4f}{spread}"
         oracle = "–" if pd.isna(row[ORACLE]) else f"{100 * row[ORACLE]:.1f}"
         status = row["status"] if row["status"] != "failed" else f"failed: {row['reason']}"
         table.add_row(str(place), *values, status, "–" if pd.isna(row["step"]) else str(int(row["step"])), score, oracle)

@@ -27,7 +27,7 @@ from coda_ray.pipeline.trial import ORACLE, ORACLES, Cell, Trial, summary
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key
 from coda_ray.tracking.notes import CONFIG, adapt_block, trial_options
-from coda_ray.tracking.records import read_record, read_records, trial_measures
+from coda_ray.tracking.records import read_record, read_records, score_name, trial_measures
 from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.store import REPORT
 from coda_ray.tracking.table import markdown_table
@@ -339,7 +339,8 @@ class _Progress(tune.Callback):
         if record["status"] == "running":
             record["status"] = "stopped"
             self.results.write(tried.path, json.dumps(record, indent=1).encode())
-        self._told(record, f"{record['status']} at step {record['step']}, score {_text(record['score'])}")
+        name = score_name(record["objective"])
+        self._told(record, f"{record['status']} at step {record['step']}, {name} {_text(record['score'])}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tell why a trial raised; one whose process died could not say it."""
@@ -379,12 +380,12 @@ def _conclude(
     files = {
         name: frame.to_csv(index=False).encode() for name, frame in ((TABLE, table), (SCORES, _scores(config, records, cells)))
     }
-    options, best_score = [], {}
-    finished = table[(table["status"] == "finished") & table["score"].notna()]
+    options, best_score, score = [], {}, score_name(config.tune.objective)
+    finished = table[(table["status"] == "finished") & table[score].notna()]
     folder = results.child(f"{REPORT}/{job['key']}")
     if len(finished):
         (best,) = [record for record in records if record["key"] == finished["key"].iloc[0]]
-        best_score = {"best_score": best["score"]}
+        best_score = {f"best_{score}": best["score"]}
         files[BEST] = dump_config(config_at(config, best[POINT])).encode()
         options = trial_options(best[POINT], config.tune.model_dump(mode="json"))
     for name, content in files.items():
@@ -399,13 +400,13 @@ def _conclude(
 
 def _table(config: Config, records: Sequence[Mapping[str, Any]], cells: Sequence[Cell]) -> pd.DataFrame:
     """Rank trials by their score; what did not finish comes after, and the unadapted models stand among them."""
-    names, objective = list(config.tune.space), config.tune.objective
+    names, objective, score = list(config.tune.space), config.tune.objective, score_name(config.tune.objective)
     rows = [
         {
             **{name: record[POINT].get(name) for name in names},
             "status": "interrupted" if record["status"] == "running" else record["status"],
             "step": record.get("step"),
-            "score": record["score"],
+            score: record["score"],
             "n_seeds": len({cell["seed"] for cell in record.get("cells", [])}),
             **trial_measures(record),
             "reason": record.get("reason"),
@@ -414,11 +415,11 @@ def _table(config: Config, records: Sequence[Mapping[str, Any]], cells: Sequence
         for record in records
     ]
     rows += [_unadapted(config, method, own) for method, own in _by_method(cells).items()]
-    shown = ["status", "step", "score", "score_std", "n_seeds", *CRITERIA, *ORACLES, "reason", "key"]
+    shown = ["status", "step", score, f"{score}_std", "n_seeds", *CRITERIA, *ORACLES, "reason", "key"]
     frame = pd.DataFrame(rows, columns=[*names, *shown])
     frame["n_trials"] = len(records)
     worst = frame["status"].map({"finished": 0, "unadapted": 0}).fillna(1)
-    ordered = frame.assign(worst=worst, sign=frame["score"].astype(float) * (-1 if _mode(objective) == "max" else 1))
+    ordered = frame.assign(worst=worst, sign=frame[score].astype(float) * (-1 if _mode(objective) == "max" else 1))
     return ordered.sort_values(["worst", "sign"], na_position="last").drop(columns=["worst", "sign"]).reset_index(drop=True)
 
 
@@ -440,7 +441,8 @@ def _scores(config: Config, records: Sequence[Mapping[str, Any]], cells: Sequenc
 
 def _summary(config: Config, table: pd.DataFrame, best: Sequence[str]) -> str:
     """Tell of the best trials in Markdown, for those who meet the sweep in MLflow."""
-    names = [*config.tune.space, "status", "score", "score_std", ORACLE]
+    score = score_name(config.tune.objective)
+    names = [*config.tune.space, "status", score, f"{score}_std", ORACLE]
     rows = [
         ["–" if pd.isna(row[name]) else _text(row[name]) for name in names] for row in table.head(MOST_TOLD).to_dict("records")
     ]
@@ -460,13 +462,14 @@ def _by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 def _unadapted(config: Config, method: str, cells: Sequence[Cell]) -> dict[str, Any]:
     """A row for the model that a method starts from."""
     measured = [cell.measure_unadapted() for cell in cells]
-    mean, spread = summary(measured, config.tune.objective)
+    objective = config.tune.objective
+    mean, spread = summary(measured, objective)
     return {
         "method": method,
         "status": "unadapted",
         "step": 0,
-        "score": mean,
+        score_name(objective): mean,
         "n_seeds": len({cell["seed"] for cell in measured}),
-        **trial_measures({"cells": measured, "score_std": spread}),
+        **trial_measures({"cells": measured, "score_std": spread, "objective": objective}),
         "key": f"unadapted {method}",
     }

@@ -230,9 +230,7 @@ class Trial:
             now = int(time.time() * 1000)
             curve.append({"step": until or self.steps, "score": mean, "time_ms": now, "cells": cells})
             record = {
-                "key": self.key,
-                "sweep": self.sweep,
-                "point": self.point,
+                **self._identity,
                 "status": "running" if until else "finished",
                 "step": until or self.steps,
                 "score": mean,
@@ -257,9 +255,14 @@ class Trial:
         dict
             The record.
         """
-        record = {"key": self.key, "sweep": self.sweep, "point": self.point, "status": "failed", "score": None, "reason": reason}
+        record = {**self._identity, "status": "failed", "score": None, "reason": reason}
         open_place(self.cells[0].config.results).write(self.path, json.dumps(record, indent=1).encode())
         return record
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What stands in every record of the trial."""
+        return {"key": self.key, "sweep": self.sweep, "point": self.point, "objective": self.objective}
 
     def _stops(self, results: Folder) -> list[int | None]:
         """Steps at which all cells are scored; None is the end."""

@@ -24,6 +24,7 @@ from coda_ray.pipeline.transfer import Request, plan, with_needs
 from coda_ray.pipeline.trial import Trial
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import LABEL
+from coda_ray.tracking.records import read_records
 from jobs import adapt
 from synthetic import small_config, write_tiles
 
@@ -264,6 +265,21 @@ def test_a_sweep_that_cannot_be_is_told_before_the_trials(finished, fields, told
     config, _, _ = finished
     with pytest.raises(ConfigError, match=told):
         swept(changed(config, **fields))
+
+
+def test_an_oracle_is_named_wherever_its_score_stands(finished):
+    config, plain, _ = finished
+    outcome, said = swept(changed(config, objective="oracle_accuracy"))
+    file = next(file for file in outcome.files if file.endswith(TABLE))
+    assert {"oracle_score", "oracle_score_std"} <= set(pd.read_csv(file))
+    assert not {"score", "score_std"} & set(pd.read_csv(file))
+    assert sum("finished at step 4, oracle_score" in line for line in said) == 2
+    own, known = (one.table.set_index(["status", "granularity"])["oracle_accuracy"].sort_index() for one in (outcome, plain))
+    pd.testing.assert_series_equal(own, known)
+    record = read_records(open_place(config.results), "jobs")
+    assert {name for job in record if job["config"]["tune"]["objective"] == "oracle_accuracy" for name in job["scores"]} == {
+        "best_oracle_score"
+    }
 
 
 @pytest.mark.parametrize(

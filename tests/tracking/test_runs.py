@@ -332,6 +332,14 @@ def test_trials_are_runs_with_values_as_params_below_their_sweep(results, store)
     assert store.client.get_run(sweep.info.run_id).info.status == "FINISHED"
 
 
+def test_a_score_that_reads_labels_is_named_so(store):
+    store.trial(trial_record(objective="oracle_accuracy"), None)
+    (run,) = runs_by_kind(store)["trial"]
+    assert run.data.metrics == pytest.approx(
+        {"oracle_score": 0.25, "oracle_score_std": 0.07, "replicate_map": 0.25, "oracle_accuracy": 0.5}
+    )
+
+
 def plate_record(number, **changes):
     """What a watcher keeps of a plate."""
     record = {

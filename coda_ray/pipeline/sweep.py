@@ -173,10 +173,11 @@ def _check_seen(config: Config, cells: Sequence[Cell]) -> None:
 
 
 def _key(config: Config, cells: Sequence[Cell]) -> str:
-    """Name a sweep by what is searched and what it stands on; more samples, or more room, are the same sweep."""
+    """Name a sweep by what is searched, what it stands on and the labels of its oracles; more samples or room are the same."""
     settings = config.tune.model_dump(mode="json", exclude={"samples", "at_once"})
     plain = [stage.key for cell in cells for stage in cell.after(None)]
-    return content_key({"kind": "tune", "tune": settings, "cells": plain})
+    labels = [cell.labelled.fingerprint for cell in cells]
+    return content_key({"kind": "tune", "tune": settings, "cells": plain, "labels": labels})
 
 
 def _job(config: Config, key: str, command: str, upstream: Sequence[Stage]) -> dict[str, Any]:

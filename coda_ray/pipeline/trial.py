@@ -20,8 +20,6 @@ from coda_ray.pipeline.transfer import Model, Request, Transfer, adaptation, mod
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, content_key
 
-# In the folder of a model's criteria: they, and the oracles.
-SCORES = "scores.json"
 ORACLE = "oracle_accuracy"
 # Of a cell's record, what reads labels of the target; shown under a name that says so.
 ORACLES = {ORACLE: "accuracy", "oracle_macro_f1": "macro_f1", "oracle_well_accuracy": "well_accuracy"}
@@ -125,20 +123,25 @@ class Cell:
         return f"{name} cannot be measured on {self.request.target}: {told}"
 
     def _measure(self, evaluation: Stage, last: Stage) -> dict[str, Any]:
-        """Run what is missing of a model's stages, and collect its scores, unless that was done."""
+        """Run what is missing of a model's stages, and collect its criteria and oracles, unless that was done."""
         results, request = open_place(self.config.results), self.request
-        found = _told(results, last)
-        if found is None:
+        # Criteria know no label, so their folder may be older than the labels.
+        file = f"{last.path}/oracles-{self.labelled.fingerprint}.json"
+        oracles, facts = _told(results, file), last.facts(results)
+        if oracles is None or facts is None:
             run_missing(with_needs([last]), self.config)
-            found = {**(last.facts(results) or {})["criteria"], **self._oracles(evaluation, results)}
-            results.write(f"{last.path}/{SCORES}", json.dumps(found, indent=1).encode())
-        return {"source": request.source, "target": request.target, "seed": request.seed, **found}
+            oracles, facts = self._oracles(evaluation, results), last.facts(results) or {}
+            results.write(file, json.dumps(oracles, indent=1).encode())
+        return {"source": request.source, "target": request.target, "seed": request.seed, **facts["criteria"], **oracles}
+
+    @cached_property
+    def labelled(self) -> TileIndex:
+        """Tiles that the oracles are scored on."""
+        return data.scored(self.config, self.request.source, self.seen, self._model.classifier.inputs["classes"])
 
     def _oracles(self, evaluation: Stage, results: Folder) -> dict[str, float | None]:
         """Score with the target's labels; for research, never for a choice that claims not to need them."""
-        classes = self._model.classifier.inputs["classes"]
-        counted = data.scored(self.config, self.request.source, self.seen, classes)
-        records = list(score(self.config, results, [Transfer({}, evaluation, None, counted)]))
+        records = list(score(self.config, results, [Transfer({}, evaluation, None, self.labelled)]))
         return {name: records[0][field] if records else None for name, field in ORACLES.items()}
 
     def _forget(self, last: Stage, results: Folder) -> None:
@@ -272,10 +275,10 @@ class Trial:
         return [*range(self.score_every, shortest, self.score_every), None]
 
 
-def _told(results: Folder, last: Stage) -> dict[str, Any] | None:
+def _told(results: Folder, file: str) -> dict[str, Any] | None:
     """Read what an earlier trial of the same values found."""
     try:
-        return dict(json.loads(results.read(f"{last.path}/{SCORES}")))
+        return dict(json.loads(results.read(file)))
     except FileNotFoundError:
         return None
 

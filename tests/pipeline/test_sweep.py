@@ -250,6 +250,32 @@ def test_no_label_of_the_target_is_behind_a_score(finished, monkeypatch):
     assert planned() == before
 
 
+def test_other_labels_are_scored_anew_from_the_same_predictions(finished, monkeypatch):
+    config, _, _ = finished
+    point, true = {"granularity": "source", "adapt.lr": 1e-3}, data.load_tiles
+    key, (cell, _) = _key(config, _bases(config)), Trial.at(config, "", point).cells
+    known = cell.measure(None)
+
+    def moved(config, source):
+        index = true(config, source)
+        names = sorted(index.frame[LABEL].dropna().unique())
+        following = dict(zip(names, names[1:] + names[:1], strict=True))
+        other = index.frame.assign(**{LABEL: index.frame[LABEL].map(following)})
+        return index if source == "a" else type(index)(other, index.folder, index.channels)
+
+    monkeypatch.setattr(data, "load_tiles", moved)
+    (again, _) = Trial.at(config, "", point).cells
+    evaluation, last = again.after(None)
+    assert last.key == cell.after(None)[1].key
+    found = again.measure(None)
+    table = predictions_of(config, evaluation).merge(moved(config, "b").frame[[*TILE_ID, LABEL]], on=TILE_ID).dropna(subset=LABEL)
+    assert found["oracle_accuracy"] == pytest.approx((table["predicted"] == table[LABEL]).mean())
+    assert {name: found[name] for name in CRITERIA} == {name: known[name] for name in CRITERIA}
+    assert _key(config, _bases(config)) != key
+    monkeypatch.undo()
+    assert cell.measure(None) == known
+
+
 @pytest.mark.parametrize(
     ("fields", "told"),
     [

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
-from ray import tune
 
 from coda_ray.config import Config, ConfigError, Range, Tune
 
 # What a space may search, because the adaptation alone reads it: two fields of section tune, and every field of two sections.
 OWN = ("method", "granularity")
 SECTIONS = ("adapt", "tent")
+# Name of a trial's values, in its record and in what Tune hands to it.
+POINT = "point"
 Point = dict[str, Any]
 Domain = list[Any] | Range
 
@@ -85,16 +86,6 @@ def lengths(settings: Tune) -> list[Point]:
     counted = [name for name in settings.space if name == "method" or name.endswith((".steps", ".minibatch"))]
     domains = [_reached(settings.space[name]) for name in counted]
     return [{**found, **dict(zip(counted, values, strict=True))} for values in product(*domains)]
-
-
-def tune_domain(domain: Domain) -> Any:
-    """Say a domain in Ray Tune's words."""
-    if not isinstance(domain, Range):
-        return tune.choice(domain)
-    if domain.whole:
-        low, past = round(domain.low), round(domain.high) + 1
-        return tune.lograndint(low, past) if domain.log else tune.randint(low, past)
-    return tune.loguniform(domain.low, domain.high) if domain.log else tune.uniform(domain.low, domain.high)
 
 
 def _reached(domain: Domain) -> list[Any]:

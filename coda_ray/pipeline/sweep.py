@@ -12,18 +12,18 @@ from typing import Any
 import pandas as pd
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.optuna import OptunaSearch
 
 from coda_ray.analysis.selection import ACROSS_BATCHES, CRITERIA
 from coda_ray.cluster import quieten
 from coda_ray.config import Config, ConfigError, dump_config
 from coda_ray.pipeline.matrix import StagesFailedError, run_stages
 from coda_ray.pipeline.record import job_record
-from coda_ray.pipeline.space import OWN, config_at, corners, lengths, own_points, points_of, tune_domain
+from coda_ray.pipeline.searcher import OptunaSearcher
+from coda_ray.pipeline.space import OWN, POINT, Point, config_at, corners, lengths, own_points, points_of
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.task import room
 from coda_ray.pipeline.transfer import with_needs
-from coda_ray.pipeline.trial import ORACLE, ORACLES, Cell, Trial, summary
+from coda_ray.pipeline.trial import ENDED, ORACLE, ORACLES, Cell, Trial, summary
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key
 from coda_ray.tracking.notes import CONFIG, adapt_block, trial_options
@@ -33,7 +33,6 @@ from coda_ray.tracking.store import REPORT
 from coda_ray.tracking.table import markdown_table
 
 Say = Callable[[str], None]
-POINT = "point"
 # A trial waits for its stages, which may want every CPU of a node; Tune refuses to reserve nothing, so it is one byte.
 TRIAL = {"memory": 1.0}
 BEST, TABLE, SCORES = "best.yaml", "trials.csv", "scores.csv"
@@ -226,15 +225,22 @@ def _check_objective(config: Config, cells: Sequence[Cell]) -> None:
 def _search(config: Config, results: Folder, key: str, tracker: Tracker, say: Say) -> bool:
     """Let Tune run the trials that are missing; False after Ctrl-C, which Tune takes as a wish to stop."""
     settings = config.tune
-    ended = {record["key"]: record for record in _records(results, key) if record["status"] in ("finished", "stopped")}
+    records = _records(results, key)
+    ended = {record["key"] for record in records if record["status"] in ENDED}
+    searcher, grid = None, {}
     if settings.search == "optuna":
-        number, space, algorithm = _optuna(config, list(ended.values()))
-        planned = settings.samples
+        searcher = OptunaSearcher(config, key, records, _mode(settings.objective))
+        planned = min(settings.samples, len(searcher.listed) or settings.samples)
+        number = max(0, planned - len(ended))
     else:
-        points = {Trial.at(config, key, point).key: point for point in points_of(settings)}
-        missing = [point for name, point in points.items() if name not in ended]
-        number, space, algorithm = len(missing), {POINT: tune.grid_search(missing)}, None
-        planned = len(points)
+        trials: dict[str, Point] = {}
+        for point in points_of(settings):
+            trial = Trial.at(config, key, point)
+            first = trials.setdefault(trial.key, point)
+            if first != point:
+                say(f"{_values(point)}: the same trial as {_values(first)}")
+        planned, missing = len(trials), [point for name, point in trials.items() if name not in ended]
+        number, grid = len(missing), {POINT: tune.grid_search(missing)}
     say(f"{planned} trials, {planned - number} of them finished before")
     if not number:
         return True
@@ -247,13 +253,13 @@ def _search(config: Config, results: Folder, key: str, tracker: Tracker, say: Sa
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         tuner = tune.Tuner(
             tune.with_resources(partial(_run_trial, base=config, sweep=key), TRIAL),
-            param_space=space,
+            param_space=grid,
             tune_config=tune.TuneConfig(
                 metric="score",
                 mode=_mode(settings.objective),
                 scheduler=_scheduler(config),
-                search_alg=algorithm,
-                num_samples=number if algorithm else 1,
+                search_alg=searcher,
+                num_samples=number if searcher else 1,
                 max_concurrent_trials=_at_once(config),
                 reuse_actors=True,
             ),
@@ -268,7 +274,7 @@ def _search(config: Config, results: Folder, key: str, tracker: Tracker, say: Sa
             ),
         )
         tuner.fit()
-    return progress.done >= planned
+    return progress.done >= (len(searcher.trials) if searcher and searcher.exhausted else planned)
 
 
 def _run_trial(tuned: Mapping[str, Any], base: Config, sweep: str) -> None:
@@ -280,21 +286,6 @@ def _run_trial(tuned: Mapping[str, Any], base: Config, sweep: str) -> None:
     except Exception as error:
         trial.fail(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
         raise
-
-
-def _optuna(config: Config, ended: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, Any], OptunaSearch]:
-    """Say the space in Tune's words, with what earlier drivers found in it."""
-    settings = config.tune
-    space = {POINT: {name: tune_domain(domain) for name, domain in settings.space.items()}}
-    scored = [record for record in ended if record["score"] is not None]
-    algorithm = OptunaSearch(
-        metric="score",
-        mode=_mode(settings.objective),
-        seed=settings.seed + len(ended),
-        points_to_evaluate=[{f"{POINT}/{name}": value for name, value in record[POINT].items()} for record in scored] or None,
-        evaluated_rewards=[record["score"] for record in scored] or None,
-    )
-    return max(0, settings.samples - len(ended)), space, algorithm
 
 
 def _mode(objective: str) -> str:
@@ -357,9 +348,13 @@ class _Progress(tune.Callback):
 
     def _told(self, record: Mapping[str, Any], what: str) -> None:
         self.done += 1
-        values = ", ".join(f"{name} {_text(value)}" for name, value in record["point"].items())
-        self.say(f"[{self.done}/{self.planned}] {values}: {what}")
+        self.say(f"[{self.done}/{self.planned}] {_values(record[POINT])}: {what}")
         self.tracker.trial(record)
+
+
+def _values(point: Mapping[str, Any]) -> str:
+    """Show the values of a trial."""
+    return ", ".join(f"{name} {_text(value)}" for name, value in point.items())
 
 
 def _text(value: Any) -> str:

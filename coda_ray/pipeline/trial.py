@@ -8,18 +8,20 @@ from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any
 
-from coda_ray.config import Config
+from coda_ray.config import Config, ConfigError
 from coda_ray.pipeline import data
 from coda_ray.pipeline.combine import combine
 from coda_ray.pipeline.criteria import criteria
 from coda_ray.pipeline.evaluate import evaluate
-from coda_ray.pipeline.space import Point, config_at
+from coda_ray.pipeline.space import POINT, Point, config_at
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.task import run_missing
 from coda_ray.pipeline.transfer import Model, Request, Transfer, adaptation, model_of, score, with_needs
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, content_key
 
+# Of a trial, after which it is not run again.
+ENDED = ("finished", "stopped")
 ORACLE = "oracle_accuracy"
 # Of a cell's record, what reads labels of the target; shown under a name that says so.
 ORACLES = {ORACLE: "accuracy", "oracle_macro_f1": "macro_f1", "oracle_well_accuracy": "well_accuracy"}
@@ -194,10 +196,13 @@ class Trial:
         )
         return cls(sweep, dict(point), cells, settings.objective, settings.score_every)
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """Hash of the values."""
-        return content_key({"point": self.point})
+        """Hash of the stages at its end: points that differ in what their method or granularity does not read are one trial."""
+        try:
+            return content_key({"ends": [cell.after(None)[1].key for cell in self.cells]})
+        except ConfigError:  # of values that do not go together: it will fail, and tell why
+            return content_key({POINT: self.point})
 
     @property
     def path(self) -> str:
@@ -265,7 +270,7 @@ class Trial:
     @property
     def _identity(self) -> dict[str, Any]:
         """What stands in every record of the trial."""
-        return {"key": self.key, "sweep": self.sweep, "point": self.point, "objective": self.objective}
+        return {"key": self.key, "sweep": self.sweep, POINT: self.point, "objective": self.objective}
 
     def _stops(self, results: Folder) -> list[int | None]:
         """Steps at which all cells are scored; None is the end."""

@@ -293,6 +293,17 @@ def test_a_sweep_that_cannot_be_is_told_before_the_trials(finished, fields, told
         swept(changed(config, **fields))
 
 
+def test_points_with_the_same_stages_are_one_trial(finished):
+    config, known, _ = finished
+    outcome, said = swept(changed(config, space={"granularity": ["source"], "adapt.lr": [1e-3], "tent.lr": [0.1, 0.2]}))
+    assert (
+        "granularity source, adapt.lr 0.001, tent.lr 0.2: the same trial as granularity source, adapt.lr 0.001, tent.lr 0.1"
+        in said
+    )
+    assert outcome.table["status"].value_counts().to_dict() == {"finished": 1, "unadapted": 1}
+    assert set(outcome.table["key"]) <= set(known.table["key"])
+
+
 def test_an_oracle_is_named_wherever_its_score_stands(finished):
     config, plain, _ = finished
     outcome, said = swept(changed(config, objective="oracle_accuracy"))

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shlex
+import signal
 from pathlib import Path
 from statistics import fmean
 
@@ -101,6 +103,25 @@ def test_a_trial_without_a_score_fails_with_the_reason_and_the_rest_finish(finis
     (failed,) = outcome.table[outcome.table["status"] == "failed"].to_dict("records")
     assert failed["adapt.lr"] == 6e-3
     assert failed["reason"] == "ValueError: mutual_information cannot be measured on b: the model is an invented one"
+
+
+def test_a_trial_whose_process_is_killed_is_recorded_and_the_rest_finish(finished, monkeypatch):
+    rates, true = [5e-3, 7e-3, 8e-3], sweep._run_trial
+    config = changed(finished[0], space={"adapt.lr": rates}, seeds=[0], score_every=0, at_once=1)
+
+    def run(tuned, base, sweep):
+        if tuned["point"]["adapt.lr"] == rates[1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        true(tuned, base, sweep)
+
+    monkeypatch.setattr(sweep, "_run_trial", run)
+    outcome, said = swept(config)
+    assert outcome.whole
+    statuses = outcome.table.dropna(subset="adapt.lr").set_index("adapt.lr")["status"].to_dict()
+    assert statuses == {rates[0]: "finished", rates[1]: "failed", rates[2]: "finished"}
+    (reason,) = outcome.table["reason"].dropna()
+    assert reason.startswith("its process died; Ray's log says why")
+    assert sum("failed: its process died" in line for line in said) == 1
 
 
 def test_whatever_ends_the_search_the_table_is_written(finished, monkeypatch):

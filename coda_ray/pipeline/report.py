@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -101,7 +102,7 @@ def run_tune(config: Config, command: str) -> int:
     Returns
     -------
     int
-        0; 1 when trials failed; 130 after Ctrl-C.
+        0; 1 when trials failed; 130 after Ctrl-C or SIGTERM.
 
     Raises
     ------
@@ -111,6 +112,8 @@ def run_tune(config: Config, command: str) -> int:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     with told_in_one_line(sys.argv[0], StagesFailedError):
         start_ray()
+        # `ray job stop` ends it as Ctrl-C does; Ray has set a handler of its own by now, and Tune sets another for Ctrl-C.
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         try:
             outcome = run_sweep(config, command, lambda line: console.print(line, markup=False, highlight=False))
         except FileNotFoundError as error:  # tiles that are not there

@@ -121,6 +121,10 @@ def run_tune(config: Config, command: str) -> int:
     console.print(trials_table(outcome.table, config))
     for address in outcome.files:
         console.print(address, soft_wrap=True, highlight=False)
+    if outcome.best and outcome.table["status"].iloc[0] == "unadapted":
+        console.print(
+            f"by {config.tune.objective} the unadapted model is better than every trial: adapt nothing, or search elsewhere"
+        )
     adapt = shlex.join(re.sub(r"\btune\.py$", "adapt.py", word) for word in shlex.split(command))
     for options in outcome.best:
         console.print(f"the best: {adapt} {options}", soft_wrap=True, markup=False, highlight=False)

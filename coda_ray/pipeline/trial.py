@@ -251,7 +251,7 @@ class Trial:
             tell(record)
 
     def fail(self, reason: str) -> dict[str, Any]:
-        """Record that the trial failed.
+        """Record that the trial failed, beside the scores that it had reached.
 
         Parameters
         ----------
@@ -263,8 +263,11 @@ class Trial:
         dict
             The record.
         """
-        record = {**self._identity, "status": "failed", "score": None, "reason": reason}
-        open_place(self.cells[0].config.results).write(self.path, json.dumps(record, indent=1).encode())
+        results = open_place(self.cells[0].config.results)
+        reached = _told(results, self.path) or {}
+        kept: dict[str, Any] = {name: reached[name] for name in ("step", "cells", "curve", "seconds") if name in reached}
+        record = {**self._identity, **kept, "status": "failed", "score": None, "reason": reason}
+        results.write(self.path, json.dumps(record, indent=1).encode())
         return record
 
     @property
@@ -281,7 +284,7 @@ class Trial:
 
 
 def _told(results: Folder, file: str) -> dict[str, Any] | None:
-    """Read what an earlier trial of the same values found."""
+    """Read what was written before, by this trial or an earlier one of the same values; None where there is nothing."""
     try:
         return dict(json.loads(results.read(file)))
     except FileNotFoundError:

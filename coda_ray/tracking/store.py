@@ -317,6 +317,8 @@ class RunStore:
         # A trial of the same values in another sweep is another run.
         run = self._ensure("trial", f"{record['sweep']} {record['key']}", trial_name(record), parent, started)
         tags = {"status": record["status"]} | ({"reason": record["reason"]} if record.get("reason") else {})
+        if "reason" in run.data.tags and "reason" not in tags:  # it failed before
+            self.client.delete_tag(run.info.run_id, "reason")
         tags |= {NOTE_TAG: trial_note(record, job)} if job else {}
         self._curves(run, history.astype({score: "float64"}))
         self._send_differences(run, params=values, tags=tags, values=trial_measures(record))

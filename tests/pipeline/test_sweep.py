@@ -371,6 +371,17 @@ def test_what_any_method_or_granularity_reads_is_in_the_key_of_the_sweep(finishe
     assert len({_key(one, _bases(one)) for one in narrow}) == 1
 
 
+def test_a_trial_that_fails_keeps_the_scores_that_it_reached(tmp_path):
+    config = world(tmp_path)
+    trial, results = Trial.at(config, "", {"adapt.lr": 1e-3}), open_place(config.results)
+    reached = {"step": 2, "seconds": 1.0, "cells": [{"seed": 0}], "curve": [{"step": 2, "score": 0.5}]}
+    results.write(trial.path, json.dumps({"key": trial.key, "status": "running", "score": 0.5, **reached}).encode())
+    record = trial.fail("it fell")
+    assert json.loads(results.read(trial.path)) == record
+    assert {name: record[name] for name in reached} == reached
+    assert (record["status"], record["score"], record["reason"]) == ("failed", None, "it fell")
+
+
 def test_optuna_goes_on_from_what_was_found(finished):
     config, _, _ = finished
     space = {"adapt.lr": Range(low=1e-4, high=1e-2, log=True)}

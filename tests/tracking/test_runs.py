@@ -340,6 +340,17 @@ def test_a_score_that_reads_labels_is_named_so(store):
     )
 
 
+def test_a_trial_that_failed_and_then_finished_has_no_reason_left(store):
+    store.trial(trial_record(status="failed", score=None, reason="it fell"), None)
+    (failed,) = runs_by_kind(store)["trial"]
+    assert (failed.data.tags["reason"], failed.info.status) == ("it fell", "FAILED")
+    assert [point.step for point in store.client.get_metric_history(failed.info.run_id, "score")] == [10, 20]
+    store.trial(trial_record(), None)
+    (run,) = runs_by_kind(store)["trial"]
+    assert "reason" not in run.data.tags
+    assert (run.data.tags["status"], run.info.status) == ("finished", "FINISHED")
+
+
 def plate_record(number, **changes):
     """What a watcher keeps of a plate."""
     record = {

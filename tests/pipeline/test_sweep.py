@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 from pathlib import Path
 from statistics import fmean
@@ -49,9 +50,14 @@ def world(root, **tune) -> Config:
     return config
 
 
-def swept(config):
+def swept(config, say=lambda line: None):
     said = []
-    outcome = run_sweep(config, "python jobs/tune.py", said.append)
+
+    def told(line):
+        said.append(line)
+        say(line)
+
+    outcome = run_sweep(config, "python jobs/tune.py", told)
     return outcome, said
 
 
@@ -64,6 +70,13 @@ def finished(ray_cluster, tmp_path_factory):
     """A grid of two points, each scored in the middle and at the end."""
     config = world(tmp_path_factory.mktemp("sweep"))
     return config, *swept(config)
+
+
+def shared(config):
+    """When each file was written that trials stand on: training on the source, and the models before adaptation."""
+    stages = with_needs(cell.before for cell in _bases(config))
+    files = (file for stage in stages for file in Path(open_place(config.results).path(stage.path)).rglob("*"))
+    return {file: file.stat().st_mtime_ns for file in files if not file.name.startswith("oracles-")}
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +325,20 @@ def test_a_sweep_that_cannot_be_is_told_before_the_trials(finished, fields, told
     config, _, _ = finished
     with pytest.raises(ConfigError, match=told):
         swept(changed(config, **fields))
+
+
+def test_what_trials_stand_on_is_made_once_and_never_by_a_trial(finished, tmp_path):
+    config, before = world(tmp_path, seeds=[0], score_every=0), {}
+    shutil.copytree(Path(finished[0].results.address) / "pretrain", Path(config.results.address) / "pretrain")
+
+    def look(line):
+        if line == "2 trials, 0 of them finished before":
+            before.update(shared(config))
+
+    outcome, _ = swept(config, look)
+    assert list(outcome.table["status"]).count("finished") == 2
+    assert {file.name for file in before} >= {"done.json", "model.safetensors", "predictions.parquet"}
+    assert shared(config) == before
 
 
 def test_points_with_the_same_stages_are_one_trial(finished):

@@ -2,9 +2,10 @@
 
 python benchmarks/selection.py results/report/SWEEP/scores.csv
 
-Every state that was scored (trial and step, and the unadapted model) is one that a person could have chosen. Per transfer the
-criterion's rank correlation with the oracle, and how far the state that it likes best is from the best; then mean ± std over
-transfers. This reads the target's labels: it judges criteria in simulation, and chooses nothing.
+Every state that was scored (trial and step, and the unadapted model that its method starts from) is one that a person could have
+chosen. Per source, target and method the criterion's rank correlation with the oracle, and how far the state that it likes best
+is from the best; then mean ± std over them. Methods are judged apart, because losses, ranks and distances from the start of
+different networks are no common scale. This reads the target's labels: it judges criteria in simulation, and chooses nothing.
 """
 
 import argparse
@@ -17,13 +18,16 @@ from coda_ray.analysis.selection import CRITERIA, agreement
 from coda_ray.tracking.table import markdown_table
 
 ORACLE = "oracle_accuracy"
-STATE = ["trial", "method", "step"]
+STATE = ["trial", "step"]
+GROUP = ["source", "target", "method"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table, as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scores", nargs="+", help="scores.csv of one sweep or more; those of one transfer are taken together")
+    parser.add_argument(
+        "scores", nargs="+", help="scores.csv of one sweep or more; those of one transfer and method are taken together"
+    )
     parser.add_argument("--oracle", default=ORACLE, help="column that reads labels (default: %(default)s)")
     options = parser.parse_args(argv)
     scores = pd.concat([pd.read_csv(file) for file in options.scores], ignore_index=True)
@@ -31,13 +35,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{', '.join(options.scores)}: no column {options.oracle!r}; its columns are {', '.join(scores)}", file=sys.stderr)
         return 2
     found = judge(scores, options.oracle)
-    print(f"{found.attrs['states']} states of each of {found.attrs['transfers']} transfers; {options.oracle} in points\n")
+    for (source, target, method), states in found.attrs["states"].items():
+        print(f"{method} {source} → {target}: {states} states, the unadapted one among them")
+    print(f"\n{options.oracle} in points\n")
     print(_told(found), end="")
     return 0
 
 
 def judge(scores: pd.DataFrame, oracle: str) -> pd.DataFrame:
-    """Judge every criterion on every transfer.
+    """Judge every criterion on every source, target and method.
 
     Parameters
     ----------
@@ -49,23 +55,33 @@ def judge(scores: pd.DataFrame, oracle: str) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        One row per way to choose and transfer: rank_correlation (NaN where a way has none), chosen, regret (points).
+        One row per way to choose, source, target and method: rank_correlation (NaN where a way has none), chosen, regret
+        (points). A method of which there is one state alone is left out; `attrs["states"]` has the number of the others.
+
+    Raises
+    ------
+    ValueError
+        When no method has two states.
     """
-    rows = []
-    pairs = scores.groupby(["source", "target"])
-    for (source, target), own in pairs:
+    rows, counts = [], {}
+    for group, own in scores.groupby(GROUP):
         states = own.groupby(STATE, sort=False)[[*CRITERIA, oracle]].mean().reset_index()
+        if len(states) < 2:
+            continue
+        counts[group] = len(states)
         truth = states[oracle].to_numpy() * 100
         unadapted = truth[states["step"] == 0]
         plain = {"unadapted": unadapted.mean(), "any state at random": truth.mean(), "the best (oracle)": truth.max()}
-        rows += [(name, source, target, np.nan, value, truth.max() - value) for name, value in plain.items()]
+        rows += [(name, *group, np.nan, value, truth.max() - value) for name, value in plain.items()]
         for name, direction in CRITERIA.items():
             values = states[name].to_numpy(dtype=float)
             if np.isfinite(values).any():
                 one = agreement(values, truth, direction)
-                rows.append((name, source, target, one.rank_correlation, one.chosen, one.regret))
-    frame = pd.DataFrame(rows, columns=["way", "source", "target", "rank_correlation", "chosen", "regret"])
-    frame.attrs = {"states": min(own.groupby(STATE).ngroups for _, own in pairs), "transfers": len(pairs)}
+                rows.append((name, *group, one.rank_correlation, one.chosen, one.regret))
+    if not rows:
+        raise ValueError("no method has two states of a transfer; give the scores of a sweep with finished trials")
+    frame = pd.DataFrame(rows, columns=["way", *GROUP, "rank_correlation", "chosen", "regret"])
+    frame.attrs = {"states": counts}
     return frame
 
 

@@ -9,6 +9,9 @@ from ray.data import DataContext
 
 LOCAL_OBJECT_STORE_BYTES = 2_000_000_000
 LOCAL_STARTS = 3
+# Read by every process that hands out tasks: how often a task that was killed for want of memory is tried again. Ray's own
+# answer is for ever, and a stage that needs more memory than there is would never end.
+OOM_RETRIES = ("RAY_task_oom_retries", "3")
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +27,7 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault(*OOM_RETRIES)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
     else:

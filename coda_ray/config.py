@@ -728,8 +728,8 @@ class Tune(Section):
     seeds: list[Annotated[int, Field(ge=0)]] = [0]
     """Seeds of each adaptation; with several, a trial's score has a standard deviation."""
     space: dict[str, list[bool | int | float | str] | Range] = {}
-    """What is searched: `method`, `granularity`, or a field of the configuration that only the adaptation reads, such as
-    adapt.lr, adapt.steps or adapt.dino.ema_start; to a list of values, or to low, high, log, whole."""
+    """What is searched: `method`, `granularity`, or a field of section adapt or tent, such as adapt.lr, adapt.steps or
+    adapt.dino.ema_start; to a list of values, or to low, high, log, whole."""
     search: Literal["grid", "random", "optuna"] = "random"
     """grid: every combination of lists; random: drawn at random; optuna: drawn where earlier trials scored well (TPE)."""
     samples: int = Field(16, ge=1)

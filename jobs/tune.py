@@ -1,7 +1,7 @@
 """Search hyperparameters of an adaptation with Ray Tune, without labels of the target, and rank what was tried.
 
 Section `tune` says what is searched. The same command again continues: finished trials are looked up, the others run. Ctrl-C
-stops, and shows the table of what is finished.
+(or SIGTERM) stops, and shows the table of what is finished.
 """
 
 import shlex

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from packaging.version import Version
 
+from coda_ray.cluster import OOM_RETRIES
 from kuberay_crd import cluster_of, pods_of, schema_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,6 +102,12 @@ def open_dashboard(files):
             yield "cluster.yaml", command
 
 
+def endless(files):
+    name, count = OOM_RETRIES
+    if not re.search(rf"^(?:ENV|   ) *{name}={count}\b", files["Dockerfile"], re.MULTILINE):
+        yield "Dockerfile", f"no {name}"
+
+
 def loose_image(files):
     images = [("Dockerfile", image) for image in re.findall(r"^FROM (?:--\S+ )*(\S+)", files["Dockerfile"], re.MULTILINE)]
     for path, document in documents(files):
@@ -164,7 +171,7 @@ def old_release(files):
 
 RULES = [
     listens_everywhere, public, secret, open_ray, open_dashboard, loose_image, loose_build, loose_pod, loose_machine, loose_role,
-    old_release,
+    old_release, endless,
 ]  # fmt: skip
 
 
@@ -189,6 +196,7 @@ SPOILT = [
     (secret, "Dockerfile", "PYTHONUNBUFFERED=1", "AWS_ACCESS_KEY_ID=AKIA" + "A2" * 8),
     (open_ray, "Dockerfile", "RAY_AUTH_MODE=token", "RAY_AUTH_MODE=disabled"),
     (open_ray, "Dockerfile", "RAY_AUTH_MODE=token", "RAY_OTHER=token"),
+    (endless, "Dockerfile", "RAY_task_oom_retries=3", "RAY_task_oom_retries=-1"),
     (open_ray, "cluster.yaml", "export RAY_AUTH_MODE=token;\n    ray start --head", "ray start --head"),
     (open_ray, "cluster.yaml", "export RAY_AUTH_MODE=token;\n    ray start --address", "ray start --address"),
     (open_ray, "deploy/kuberay/raycluster.yaml", "mode: token", "mode: disabled"),

@@ -13,6 +13,9 @@ import ray
 from coda_ray.config import CHANNELS
 from coda_ray.jump.simulate.layout import draw_plates
 from coda_ray.jump.simulate.settings import PRESETS
+from coda_ray.tracking.store import RunStore
+from coda_ray.tracking.sync import sync
+from invented import invented_results, write_sweep
 from notebooks.run import METADATA, code_hash, executed
 from real_images import REAL_IMAGES
 
@@ -67,6 +70,19 @@ def test_outputs_are_kept_whole_and_say_nothing_of_a_machine(path):
     assert "stderr" not in kinds
     assert not [text for text in texts(notebook) if ABSOLUTE.search(text)]
     assert path.stat().st_size < MOST_BYTES
+
+
+def test_columns_of_mlflow_that_notebooks_read_are_written(tmp_path):
+    results = invented_results(tmp_path)
+    write_sweep(results)
+    store = RunStore(f"sqlite:///{tmp_path / 'mlflow.db'}", "coda_ray", (tmp_path / "artifacts").as_uri())
+    sync(results, store)
+    runs = store.client.search_runs([store.experiment_id])
+    written = {f"{kind}.{name}" for run in runs for kind in ("tags", "params", "metrics") for name in getattr(run.data, kind)}
+    for path in NOTEBOOKS:
+        code = "\n".join(cell.source for cell in code_cells(nbformat.read(path, as_version=4)))
+        read = set(re.findall(r"\b(?:tags|params|metrics)\.\w+", code))
+        assert read <= written, path.name
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

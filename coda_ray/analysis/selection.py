@@ -35,6 +35,8 @@ CRITERIA: Mapping[str, Direction] = {
     # models that lost what the classifier knows, but not choose by itself.
     "cka_to_source": "higher",
 }
+# They compare wells or images of different batches, so they need two.
+ACROSS_BATCHES = ("replicate_map", "replicate_map_controls", "ilisi", "kbet", "silhouette_batch")
 
 
 def rank_me(features: NDArray[np.floating[Any]]) -> float:

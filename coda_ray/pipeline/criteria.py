@@ -26,7 +26,7 @@ from coda_ray.pipeline.profile import measured, profile
 from coda_ray.pipeline.stage import Stage, settings_of
 from coda_ray.pipeline.train_stages import Made, objective_of, section_of, stage_tensors
 from coda_ray.storage import Folder, open_place
-from coda_ray.tiles.store import TileIndex
+from coda_ray.tiles.store import UNIT_COLUMNS, TileIndex
 from coda_ray.tiles.stream import minibatches, on_device
 from coda_ray.training.loop import Report
 
@@ -61,7 +61,8 @@ def criteria(config: Config, index: TileIndex, evaluation: Stage, trained: Seque
         and compare the loss of models with the same `dino` or `mae` only.
     index
         The tiles that count, all or some of the evaluated ones (a batch or a plate); no label is read. Partners of the held-out
-        loss come from them alone; a tile that has none is its own.
+        loss come from all of them, also where each unit has a model of its own, so that models of every granularity are asked
+        for the loss of alike pairs; a tile that has none is its own.
     evaluation
         The stage with the model's predictions and embeddings.
     trained
@@ -77,6 +78,8 @@ def criteria(config: Config, index: TileIndex, evaluation: Stage, trained: Seque
     if learnt:
         names = ("views", section_of(objective_of(learnt[0])))
         inputs |= {name: settings_of(getattr(config, name)) for name in names} | {"precision": config.train.precision}
+    if len(learnt) > 1:
+        inputs["partners"] = "of all tiles"
     title = f"criteria of {evaluation.title}"
     needs = (profiles, evaluation, unadapted, *learnt)
     make = partial(_make, config, title, tiles, evaluation, unadapted, profiles, learnt)
@@ -161,17 +164,24 @@ def _measure(run: CriteriaRun, loss: float | None) -> tuple[dict[str, float | No
 
 def _held_out_losses(run: CriteriaRun) -> float:
     """Average over models, by the tiles that each of them reads."""
-    if len(run.learnt) == 1:
-        return _held_out_loss(run, run.learnt[0], run.index)
-    parts = [run.index.unit(stage.inputs["granularity"], stage.inputs["unit"]) for stage in run.learnt]
+    parts = [anchors_of(run.index, stage if len(run.learnt) > 1 else None) for stage in run.learnt]
     losses = [_held_out_loss(run, stage, part) for stage, part in zip(run.learnt, parts, strict=True)]
-    return float(np.average(losses, weights=[len(part) for part in parts]))
+    return float(np.average(losses, weights=[len(part.anchors) for part in parts]))
 
 
-def _held_out_loss(run: CriteriaRun, learnt: Stage, index: TileIndex) -> float:
+def anchors_of(index: TileIndex, stage: Stage | None) -> data.UnlabelledTiles:
+    """Choose the tiles that a model is asked about, with partners from all: those of an adaptation's unit; None: every tile."""
+    tiles = data.unlabelled(index)
+    if stage is None:
+        return tiles
+    inside = tiles.pool.frame[UNIT_COLUMNS[stage.inputs["granularity"]]] == stage.inputs["unit"]
+    return data.UnlabelledTiles(tiles.pool, np.flatnonzero(inside).astype(np.int64))
+
+
+def _held_out_loss(run: CriteriaRun, learnt: Stage, tiles: data.UnlabelledTiles) -> float:
     """Ask the networks for their own loss on tiles drawn by chance, in views that training did not draw."""
     config, objective = run.config, objective_of(learnt)
-    settings, channels = networks.unfilled(config), len(index.channels)
+    settings, channels = networks.unfilled(config), len(tiles.pool.channels)
     learner: DinoObjective | MaeObjective
     if objective == "mae":
         learner = networks.mae_objective(settings, channels=channels, seed=SEED)
@@ -181,9 +191,9 @@ def _held_out_loss(run: CriteriaRun, learnt: Stage, index: TileIndex) -> float:
     device = ray.train.torch.get_device()
     learner.to(device)
     pairs = config.dino.pairs if objective == "dino-cb" else None
-    count, size = min(len(index), config.criteria.tiles), config.evaluate.minibatch
+    count, size = min(len(tiles.anchors), config.criteria.tiles), config.evaluate.minibatch
     stream = minibatches(
-        data.unlabelled(index).source(seed=SEED, crop=config.views.tile_crop, pairs=pairs),
+        tiles.source(seed=SEED, crop=config.views.tile_crop, pairs=pairs),
         config.stream,
         minibatch=size,
         start_step=0,

@@ -1,6 +1,8 @@
 """What a person sees of a job: progress, tables, where the results are, and an exit code."""
 
+import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +17,7 @@ from coda_ray.pipeline.sweep import run_sweep
 from coda_ray.pipeline.transfer import Request
 from coda_ray.pipeline.trial import ORACLE
 from coda_ray.storage import open_place
+from coda_ray.tracking.records import score_name
 from coda_ray.tracking.table import matrices, render_matrix
 
 # Columns where the output is no terminal.
@@ -99,7 +102,7 @@ def run_tune(config: Config, command: str) -> int:
     Returns
     -------
     int
-        0; 1 when trials failed; 130 after Ctrl-C.
+        0; 1 when trials failed; 130 after Ctrl-C or SIGTERM.
 
     Raises
     ------
@@ -109,6 +112,8 @@ def run_tune(config: Config, command: str) -> int:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     with told_in_one_line(sys.argv[0], StagesFailedError):
         start_ray()
+        # `ray job stop` ends it as Ctrl-C does; Ray has set a handler of its own by now, and Tune sets another for Ctrl-C.
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         try:
             outcome = run_sweep(config, command, lambda line: console.print(line, markup=False, highlight=False))
         except FileNotFoundError as error:  # tiles that are not there
@@ -116,8 +121,13 @@ def run_tune(config: Config, command: str) -> int:
     console.print(trials_table(outcome.table, config))
     for address in outcome.files:
         console.print(address, soft_wrap=True, highlight=False)
-    if outcome.command:
-        console.print(f"the best: {outcome.command}", soft_wrap=True, markup=False, highlight=False)
+    if outcome.best and outcome.table["status"].iloc[0] == "unadapted":
+        console.print(
+            f"by {config.tune.objective} the unadapted model is better than every trial: adapt nothing, or search elsewhere"
+        )
+    adapt = shlex.join(re.sub(r"\btune\.py$", "adapt.py", word) for word in shlex.split(command))
+    for options in outcome.best:
+        console.print(f"the best: {adapt} {options}", soft_wrap=True, markup=False, highlight=False)
     if outcome.ui_hint:
         console.print(f"MLflow: {outcome.ui_hint}", soft_wrap=True, highlight=False)
     if not outcome.whole:
@@ -129,17 +139,17 @@ def run_tune(config: Config, command: str) -> int:
 def trials_table(trials: pd.DataFrame, config: Config) -> Table:
     """Lay out a sweep, the best trial first."""
     settings = config.tune
-    seeds = int(trials["n_seeds"].max())
+    seeds, name = int(trials["n_seeds"].max()), score_name(settings.objective)
     table = Table(title=f"trials by {settings.objective}, mean ± standard deviation over {seeds} seed(s); {ORACLE} reads labels")
-    for name in ("#", *settings.space, "status", "step", settings.objective, ORACLE):
-        table.add_column(name, overflow="fold")
+    for column in ("#", *settings.space, "status", "step", settings.objective, ORACLE):
+        table.add_column(column, overflow="fold")
     for place, row in enumerate(trials.head(MOST_ROWS).to_dict("records"), 1):
         values = [
-            "–" if pd.isna(row[name]) else f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name])
-            for name in settings.space
+            "–" if pd.isna(row[field]) else f"{row[field]:.4g}" if isinstance(row[field], float) else str(row[field])
+            for field in settings.space
         ]
-        spread = "" if pd.isna(row["score_std"]) else f" ± {row['score_std']:.4f}"
-        score = "–" if pd.isna(row["score"]) else f"{row['score']:.4f}{spread}"
+        spread = "" if pd.isna(row[f"{name}_std"]) else f" ± {row[f'{name}_std']:.4f}"
+        score = "–" if pd.isna(row[name]) else f"{row[name]:.4f}{spread}"
         oracle = "–" if pd.isna(row[ORACLE]) else f"{100 * row[ORACLE]:.1f}"
         status = row["status"] if row["status"] != "failed" else f"failed: {row['reason']}"
         table.add_row(str(place), *values, status, "–" if pd.isna(row["step"]) else str(int(row["step"])), score, oracle)

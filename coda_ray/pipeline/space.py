@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
-from ray import tune
 
 from coda_ray.config import Config, ConfigError, Range, Tune
 
-# Fields of section tune that a space may search; every other name is a field of the configuration.
+# What a space may search, because the adaptation alone reads it: two fields of section tune, and every field of two sections.
 OWN = ("method", "granularity")
+SECTIONS = ("adapt", "tent")
+# Name of a trial's values, in its record and in what Tune hands to it.
+POINT = "point"
 Point = dict[str, Any]
 Domain = list[Any] | Range
 
@@ -30,19 +32,21 @@ def config_at(config: Config, point: Mapping[str, Any]) -> Config:
     Raises
     ------
     ConfigError
-        When there is no such field, or it takes no such value.
+        When there is no such field, not the adaptation alone reads it, or it takes no such value.
     """
     values = config.model_dump(mode="json")
     for name, value in point.items():
         *path, field = f"tune.{name}".split(".") if name in OWN else name.split(".")
+        if name not in OWN and (not path or path[0] not in SECTIONS):
+            raise ConfigError(
+                f"tune.space.{name}: searched are method, granularity and fields of adapt and tent, which the adaptation alone "
+                "reads, such as adapt.lr or adapt.dino.ema_start; compare other settings by jobs/matrix.py"
+            )
         section: Any = values
         for step in path:
             section = section.get(step) if isinstance(section, dict) else None
-        if not path or not isinstance(section, dict) or field not in section:
-            raise ConfigError(
-                f"tune.space.{name}: there is no such field; give method, granularity, or a field such as adapt.lr or "
-                "adapt.dino.ema_start"
-            )
+        if not isinstance(section, dict) or field not in section:
+            raise ConfigError(f"tune.space.{name}: there is no such field; give one of adapt or tent, such as adapt.lr")
         section[field] = value
     try:
         return Config.model_validate(values)
@@ -63,25 +67,31 @@ def points_of(settings: Tune) -> list[Point]:
     ]  # fmt: skip
 
 
+def own_points(settings: Tune) -> list[Point]:
+    """List every method with every granularity of a space; what it does not search is as section tune says."""
+    domains = [settings.space.get(name, [getattr(settings, name)]) for name in OWN]
+    return [dict(zip(OWN, values, strict=True)) for values in product(*(d for d in domains if isinstance(d, list)))]
+
+
 def corners(settings: Tune) -> list[Point]:
     """List points that differ in one value each and together reach every value of lists and both ends of ranges."""
-    ends = {name: _ends(domain) if isinstance(domain, Range) else domain for name, domain in settings.space.items()}
+    ends = {name: _reached(domain) for name, domain in settings.space.items()}
     first = {name: values[0] for name, values in ends.items()}
     return [first, *({**first, name: value} for name, values in ends.items() for value in values[1:])]
 
 
-def tune_domain(domain: Domain) -> Any:
-    """Say a domain in Ray Tune's words."""
+def lengths(settings: Tune) -> list[Point]:
+    """List points that reach every length of an adaptation: each method, with the ends of what its steps are counted by."""
+    found = corners(settings)[0]
+    counted = [name for name in settings.space if name == "method" or name.endswith((".steps", ".minibatch"))]
+    domains = [_reached(settings.space[name]) for name in counted]
+    return [{**found, **dict(zip(counted, values, strict=True))} for values in product(*domains)]
+
+
+def _reached(domain: Domain) -> list[Any]:
+    """Take the values of a list, or both ends of a range, as whole numbers where those are wanted."""
     if not isinstance(domain, Range):
-        return tune.choice(domain)
-    if domain.whole:
-        low, past = round(domain.low), round(domain.high) + 1
-        return tune.lograndint(low, past) if domain.log else tune.randint(low, past)
-    return tune.loguniform(domain.low, domain.high) if domain.log else tune.uniform(domain.low, domain.high)
-
-
-def _ends(domain: Range) -> list[Any]:
-    """Both ends, as whole numbers where those are wanted."""
+        return domain
     return [round(end) if domain.whole else end for end in (domain.low, domain.high)]
 
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,29 +12,29 @@ from typing import Any
 import pandas as pd
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.optuna import OptunaSearch
 
-from coda_ray.analysis.selection import CRITERIA
+from coda_ray.analysis.selection import ACROSS_BATCHES, CRITERIA
 from coda_ray.cluster import quieten
 from coda_ray.config import Config, ConfigError, dump_config
 from coda_ray.pipeline.matrix import StagesFailedError, run_stages
 from coda_ray.pipeline.record import job_record
-from coda_ray.pipeline.space import OWN, config_at, corners, points_of, tune_domain
+from coda_ray.pipeline.searcher import OptunaSearcher
+from coda_ray.pipeline.space import OWN, POINT, Point, config_at, corners, lengths, own_points, points_of
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.task import room
 from coda_ray.pipeline.transfer import with_needs
-from coda_ray.pipeline.trial import ORACLE, ORACLES, Cell, Trial, summary
+from coda_ray.pipeline.trial import ENDED, ORACLE, ORACLES, Cell, Trial, summary
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key
-from coda_ray.tracking.records import read_record, read_records, trial_measures
+from coda_ray.tracking.notes import CONFIG, adapt_block, trial_options
+from coda_ray.tracking.records import read_record, read_records, score_name, trial_measures
 from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.store import REPORT
 from coda_ray.tracking.table import markdown_table
 
 Say = Callable[[str], None]
-POINT = "point"
-# A trial waits for its stages, which reserve what they need as they do in a matrix; Tune refuses 0.
-TRIAL = {"CPU": 0.01}
+# A trial waits for its stages, which may want every CPU of a node; Tune refuses to reserve nothing, so it is one byte.
+TRIAL = {"memory": 1.0}
 BEST, TABLE, SCORES = "best.yaml", "trials.csv", "scores.csv"
 MOST_TOLD = 10
 
@@ -52,8 +51,9 @@ class Outcome:
     files
         Address of the table, of every score of every pair, seed and step and, once a trial finished, of the best
         configuration.
-    command
-        Adapts with the best values; None before a trial finished.
+    best
+        Options of jobs/adapt.py, beside the sweep's own, that adapt with the best values, a line for each pair and seed; none
+        before a trial finished.
     whole
         Whether every trial ended: finished, stopped early or failed.
     ui_hint
@@ -62,7 +62,7 @@ class Outcome:
 
     table: pd.DataFrame
     files: list[str]
-    command: str | None
+    best: list[str]
     whole: bool
     ui_hint: str | None
 
@@ -94,29 +94,35 @@ def run_sweep(config: Config, command: str, say: Say) -> Outcome:
         When a stage that every trial stands on failed.
     """
     results = open_place(config.results)
-    cells = _bases(config)
+    bases = _bases(config)
+    key = _key(config, bases)
+    # Several methods and every granularity start from one unadapted model.
+    cells = list({cell.before.key: cell for cell in reversed(bases)}.values())[::-1]
     upstream = with_needs(cell.before for cell in cells)
-    key = _key(config, cells)
     job = _job(config, key, command, upstream)
     results.write(f"jobs/{key}.json", json.dumps(job, indent=1).encode())
     tracker = Tracker.open(config.tracking, results)
     try:
         tracker.start_job(job)
         _make_upstream(config, results, upstream, say)
-        _check_objective(config, results, cells)
-        whole = _search(config, results, key, tracker, say)
-        return _conclude(config, results, job, cells, tracker, whole=whole)
+        _check_objective(config, cells)
+        whole = False
+        try:
+            whole = _search(config, results, key, tracker, say)
+        finally:  # whatever ended the search, what is finished stands in the table
+            outcome = _conclude(config, results, job, cells, tracker, whole=whole)
+        return outcome
     finally:
         tracker.close()
 
 
 def _bases(config: Config) -> list[Cell]:
-    """Plan what no trial changes: the cells of each method at the configuration's own values.
+    """Plan what no trial changes: the cells of each method and granularity at the configuration's own values.
 
     Raises
     ------
     ConfigError
-        When there is nothing to search, a name is unknown, or a value changes what trials should share.
+        When there is nothing to search, a name or a value is none, or no trial is long enough to be stopped early.
     """
     settings = config.tune
     if not settings.pairs or not settings.space:
@@ -124,25 +130,53 @@ def _bases(config: Config) -> list[Cell]:
     known = {*CRITERIA, *ORACLES}
     if settings.objective not in known:
         raise ConfigError(f"tune.objective = {settings.objective!r}: choose from {', '.join(sorted(known))}")
-    found: dict[str, Cell] = {}
     for point in corners(settings):
-        own = {name: value for name, value in point.items() if name in OWN}
-        for base, cell in zip(Trial.at(config, "", own).cells, Trial.at(config, "", point).cells, strict=True):
-            if base.unadapted.key != cell.unadapted.key:
-                changed = next(name for name in point if name not in OWN and not name.startswith(("adapt.", "tent.")))
-                raise ConfigError(
-                    f"tune.space.{changed}: it changes the unadapted model, which trials share; search fields of the adaptation, "
-                    "such as adapt.lr or adapt.dino.ema_start, and run jobs/matrix.py for the rest"
-                )
-            found.setdefault(base.before.key, base)
-    return list(found.values())
+        Trial.at(config, "", point)
+    if settings.stop_early and settings.score_every > (longest := _longest(config)):
+        raise ConfigError(
+            f"tune.score_every = {settings.score_every}: the longest adaptation has {longest} steps, so none could end early; "
+            "lower it, or set tune.stop_early to false"
+        )
+    cells = [cell for own in own_points(settings) for cell in Trial.at(config, "", own).cells]
+    _check_seen(config, cells)
+    return cells
+
+
+def _check_seen(config: Config, cells: Sequence[Cell]) -> None:
+    """Refuse an objective that the adapted tiles or a method cannot answer, and trials that no common tiles are scored on.
+
+    Raises
+    ------
+    ConfigError
+        When there are such.
+    """
+    objective, unit = config.tune.objective, f"adapt.unit = {config.adapt.unit!r}"
+    scored: dict[tuple[str, str, int], str] = {}
+    for cell in cells:
+        request, (batch, *more) = cell.request, cell.seen.units("batch")
+        if objective in ACROSS_BATCHES and not more:
+            raise ConfigError(
+                f"tune.objective = {objective!r} compares batches, and all tiles of {request.target} that are adapted to are of "
+                f"{batch} ({unit}, granularity {request.granularity}); choose another objective, or set adapt.unit to all"
+            )
+        if objective == "held_out_loss" and request.method == "tent":
+            raise ConfigError(
+                f"tune.objective = {objective!r}: tent has no self-supervised loss; choose another, or leave tent out"
+            )
+        seen = cell.seen.fingerprint
+        if scored.setdefault((request.source, request.target, request.seed), seen) != seen:
+            raise ConfigError(
+                f"{unit}: trials of different granularity would be scored on different tiles of {request.target}; "
+                "set it to all, or search one granularity"
+            )
 
 
 def _key(config: Config, cells: Sequence[Cell]) -> str:
-    """Name a sweep by what is searched and what it stands on; more samples, or more room, are the same sweep."""
+    """Name a sweep by what is searched, what it stands on and the labels of its oracles; more samples or room are the same."""
     settings = config.tune.model_dump(mode="json", exclude={"samples", "at_once"})
     plain = [stage.key for cell in cells for stage in cell.after(None)]
-    return content_key({"kind": "tune", "tune": settings, "cells": plain})
+    labels = [cell.labelled.fingerprint for cell in cells]
+    return content_key({"kind": "tune", "tune": settings, "cells": plain, "labels": labels})
 
 
 def _job(config: Config, key: str, command: str, upstream: Sequence[Stage]) -> dict[str, Any]:
@@ -174,7 +208,7 @@ def _make_upstream(config: Config, results: Folder, upstream: Sequence[Stage], s
         raise StagesFailedError(f"no trial was started, because stages that they stand on failed:\n{told}")
 
 
-def _check_objective(config: Config, results: Folder, cells: Sequence[Cell]) -> None:
+def _check_objective(config: Config, cells: Sequence[Cell]) -> None:
     """Refuse an objective that the data cannot answer; the unadapted models show it before a trial is run.
 
     Raises
@@ -185,25 +219,28 @@ def _check_objective(config: Config, results: Folder, cells: Sequence[Cell]) -> 
     objective = config.tune.objective
     for cell in cells:
         if cell.measure_unadapted()[objective] is None:
-            reasons = (cell.before.facts(results) or {})["reasons"]
-            raise ConfigError(
-                f"tune.objective = {objective!r} cannot be measured on {cell.request.target}: "
-                f"{reasons.get(objective, 'none of its tiles has a MoA label')}; choose another"
-            )
+            raise ConfigError(f"tune.objective: {cell.reason(objective, unadapted=True)}; choose another")
 
 
 def _search(config: Config, results: Folder, key: str, tracker: Tracker, say: Say) -> bool:
     """Let Tune run the trials that are missing; False after Ctrl-C, which Tune takes as a wish to stop."""
     settings = config.tune
-    ended = {record["key"]: record for record in _records(results, key) if record["status"] in ("finished", "stopped")}
+    records = _records(results, key)
+    ended = {record["key"] for record in records if record["status"] in ENDED}
+    searcher, grid = None, {}
     if settings.search == "optuna":
-        number, space, algorithm = _optuna(config, list(ended.values()))
-        planned = settings.samples
+        searcher = OptunaSearcher(config, key, records, _mode(settings.objective))
+        planned = min(settings.samples, len(searcher.listed) or settings.samples)
+        number = max(0, planned - len(ended))
     else:
-        points = {Trial.at(config, key, point).key: point for point in points_of(settings)}
-        missing = [point for name, point in points.items() if name not in ended]
-        number, space, algorithm = len(missing), {POINT: tune.grid_search(missing)}, None
-        planned = len(points)
+        trials: dict[str, Point] = {}
+        for point in points_of(settings):
+            trial = Trial.at(config, key, point)
+            first = trials.setdefault(trial.key, point)
+            if first != point:
+                say(f"{_values(point)}: the same trial as {_values(first)}")
+        planned, missing = len(trials), [point for name, point in trials.items() if name not in ended]
+        number, grid = len(missing), {POINT: tune.grid_search(missing)}
     say(f"{planned} trials, {planned - number} of them finished before")
     if not number:
         return True
@@ -216,13 +253,13 @@ def _search(config: Config, results: Folder, key: str, tracker: Tracker, say: Sa
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         tuner = tune.Tuner(
             tune.with_resources(partial(_run_trial, base=config, sweep=key), TRIAL),
-            param_space=space,
+            param_space=grid,
             tune_config=tune.TuneConfig(
                 metric="score",
                 mode=_mode(settings.objective),
                 scheduler=_scheduler(config),
-                search_alg=algorithm,
-                num_samples=number if algorithm else 1,
+                search_alg=searcher,
+                num_samples=number if searcher else 1,
                 max_concurrent_trials=_at_once(config),
                 reuse_actors=True,
             ),
@@ -237,7 +274,7 @@ def _search(config: Config, results: Folder, key: str, tracker: Tracker, say: Sa
             ),
         )
         tuner.fit()
-    return progress.done >= planned
+    return progress.done >= (len(searcher.trials) if searcher and searcher.exhausted else planned)
 
 
 def _run_trial(tuned: Mapping[str, Any], base: Config, sweep: str) -> None:
@@ -251,21 +288,6 @@ def _run_trial(tuned: Mapping[str, Any], base: Config, sweep: str) -> None:
         raise
 
 
-def _optuna(config: Config, ended: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, Any], OptunaSearch]:
-    """Say the space in Tune's words, with what earlier drivers found in it."""
-    settings = config.tune
-    space = {POINT: {name: tune_domain(domain) for name, domain in settings.space.items()}}
-    scored = [record for record in ended if record["score"] is not None]
-    algorithm = OptunaSearch(
-        metric="score",
-        mode=_mode(settings.objective),
-        seed=settings.seed + len(ended),
-        points_to_evaluate=[{f"{POINT}/{name}": value for name, value in record[POINT].items()} for record in scored] or None,
-        evaluated_rewards=[record["score"] for record in scored] or None,
-    )
-    return max(0, settings.samples - len(ended)), space, algorithm
-
-
 def _mode(objective: str) -> str:
     """Which way is better."""
     return "max" if objective in ORACLES or CRITERIA[objective] == "higher" else "min"
@@ -276,8 +298,14 @@ def _scheduler(config: Config) -> ASHAScheduler | None:
     settings = config.tune
     if not settings.stop_early:
         return None
-    longest = max(Trial.at(config, "", point).steps for point in corners(settings))
-    return ASHAScheduler(time_attr="step", max_t=longest, grace_period=settings.score_every, reduction_factor=settings.reduction)
+    return ASHAScheduler(
+        time_attr="step", max_t=_longest(config), grace_period=settings.score_every, reduction_factor=settings.reduction
+    )
+
+
+def _longest(config: Config) -> int:
+    """Steps of the longest adaptation that a trial may have."""
+    return max(Trial.at(config, "", point).steps for point in lengths(config.tune))
 
 
 def _at_once(config: Config) -> int:
@@ -303,7 +331,8 @@ class _Progress(tune.Callback):
         if record["status"] == "running":
             record["status"] = "stopped"
             self.results.write(tried.path, json.dumps(record, indent=1).encode())
-        self._told(record, f"{record['status']} at step {record['step']}, score {_text(record['score'])}")
+        name = score_name(record["objective"])
+        self._told(record, f"{record['status']} at step {record['step']}, {name} {_text(record['score'])}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tell why a trial raised; one whose process died could not say it."""
@@ -319,9 +348,13 @@ class _Progress(tune.Callback):
 
     def _told(self, record: Mapping[str, Any], what: str) -> None:
         self.done += 1
-        values = ", ".join(f"{name} {_text(value)}" for name, value in record["point"].items())
-        self.say(f"[{self.done}/{self.planned}] {values}: {what}")
+        self.say(f"[{self.done}/{self.planned}] {_values(record[POINT])}: {what}")
         self.tracker.trial(record)
+
+
+def _values(point: Mapping[str, Any]) -> str:
+    """Show the values of a trial."""
+    return ", ".join(f"{name} {_text(value)}" for name, value in point.items())
 
 
 def _text(value: Any) -> str:
@@ -343,34 +376,33 @@ def _conclude(
     files = {
         name: frame.to_csv(index=False).encode() for name, frame in ((TABLE, table), (SCORES, _scores(config, records, cells)))
     }
-    command, best_score = None, {}
-    finished = table[(table["status"] == "finished") & table["score"].notna()]
+    options, best_score, score = [], {}, score_name(config.tune.objective)
+    finished = table[(table["status"] == "finished") & table[score].notna()]
     folder = results.child(f"{REPORT}/{job['key']}")
     if len(finished):
         (best,) = [record for record in records if record["key"] == finished["key"].iloc[0]]
-        best_score = {"best_score": best["score"]}
-        chosen = config_at(config, best[POINT])
-        files[BEST] = dump_config(chosen).encode()
-        command = _command(chosen, folder.address(BEST))
+        best_score = {f"best_{score}": best["score"]}
+        files[BEST] = dump_config(config_at(config, best[POINT])).encode()
+        options = trial_options(best[POINT], config.tune.model_dump(mode="json"))
     for name, content in files.items():
         folder.write(name, content)
     if whole:
-        job |= {"whole": True, "summary": _summary(config, table, command), "scores": best_score}
+        job |= {"whole": True, "summary": _summary(config, table, options), "scores": best_score}
         results.write(f"jobs/{job['key']}.json", json.dumps(job, indent=1).encode())
         tracker.finish_job(job)
     tracker.report(job, files)
-    return Outcome(table, [folder.address(name) for name in files], command, whole, tracker.ui_hint)
+    return Outcome(table, [folder.address(name) for name in files], options, whole, tracker.ui_hint)
 
 
 def _table(config: Config, records: Sequence[Mapping[str, Any]], cells: Sequence[Cell]) -> pd.DataFrame:
     """Rank trials by their score; what did not finish comes after, and the unadapted models stand among them."""
-    names, objective = list(config.tune.space), config.tune.objective
+    names, objective, score = list(config.tune.space), config.tune.objective, score_name(config.tune.objective)
     rows = [
         {
             **{name: record[POINT].get(name) for name in names},
             "status": "interrupted" if record["status"] == "running" else record["status"],
             "step": record.get("step"),
-            "score": record["score"],
+            score: record["score"],
             "n_seeds": len({cell["seed"] for cell in record.get("cells", [])}),
             **trial_measures(record),
             "reason": record.get("reason"),
@@ -379,11 +411,11 @@ def _table(config: Config, records: Sequence[Mapping[str, Any]], cells: Sequence
         for record in records
     ]
     rows += [_unadapted(config, method, own) for method, own in _by_method(cells).items()]
-    shown = ["status", "step", "score", "score_std", "n_seeds", *CRITERIA, *ORACLES, "reason", "key"]
+    shown = ["status", "step", score, f"{score}_std", "n_seeds", *CRITERIA, *ORACLES, "reason", "key"]
     frame = pd.DataFrame(rows, columns=[*names, *shown])
     frame["n_trials"] = len(records)
     worst = frame["status"].map({"finished": 0, "unadapted": 0}).fillna(1)
-    ordered = frame.assign(worst=worst, sign=frame["score"].astype(float) * (-1 if _mode(objective) == "max" else 1))
+    ordered = frame.assign(worst=worst, sign=frame[score].astype(float) * (-1 if _mode(objective) == "max" else 1))
     return ordered.sort_values(["worst", "sign"], na_position="last").drop(columns=["worst", "sign"]).reset_index(drop=True)
 
 
@@ -403,15 +435,16 @@ def _scores(config: Config, records: Sequence[Mapping[str, Any]], cells: Sequenc
     return pd.DataFrame(rows)
 
 
-def _summary(config: Config, table: pd.DataFrame, command: str | None) -> str:
+def _summary(config: Config, table: pd.DataFrame, best: Sequence[str]) -> str:
     """Tell of the best trials in Markdown, for those who meet the sweep in MLflow."""
-    names = [*config.tune.space, "status", "score", "score_std", ORACLE]
+    score = score_name(config.tune.objective)
+    names = [*config.tune.space, "status", score, f"{score}_std", ORACLE]
     rows = [
         ["–" if pd.isna(row[name]) else _text(row[name]) for name in names] for row in table.head(MOST_TOLD).to_dict("records")
     ]
     words = f"Trials by {config.tune.objective}, the best first; {ORACLE} reads labels: for research."
     told = f"{words}\n\n{markdown_table(names, rows)}"
-    return f"{told}\nThe best:\n\n```\n{command}\n```\n" if command else told
+    return f"{told}\nThe best, with {CONFIG} out of the artifacts:\n\n{adapt_block(best)}" if best else told
 
 
 def _by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
@@ -425,22 +458,14 @@ def _by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 def _unadapted(config: Config, method: str, cells: Sequence[Cell]) -> dict[str, Any]:
     """A row for the model that a method starts from."""
     measured = [cell.measure_unadapted() for cell in cells]
-    mean, spread = summary(measured, config.tune.objective)
+    objective = config.tune.objective
+    mean, spread = summary(measured, objective)
     return {
         "method": method,
         "status": "unadapted",
         "step": 0,
-        "score": mean,
+        score_name(objective): mean,
         "n_seeds": len({cell["seed"] for cell in measured}),
-        **trial_measures({"cells": measured, "score_std": spread}),
+        **trial_measures({"cells": measured, "score_std": spread, "objective": objective}),
         "key": f"unadapted {method}",
     }
-
-
-def _command(best: Config, file: str) -> str:
-    """Adapt with the best values, by hand."""
-    settings = best.tune
-    (source, target), seed = settings.pairs[0], settings.seeds[0]
-    words = ["python", "jobs/adapt.py", "--config", file, "--source", source, "--target", target]
-    words += ["--method", settings.method, "--granularity", settings.granularity, "--seed", str(seed)]
-    return shlex.join(words)

@@ -62,7 +62,7 @@ def submit(stage: Stage, config: Config, report: Report | None, needs: Sequence[
             num_cpus=wanted.get("CPU", 0),
             num_gpus=wanted.get("GPU", 0),
             max_retries=config.train.max_failures,
-            # Not out of the little that a trial of Tune has reserved for itself.
+            # Not out of the byte that a trial of Tune has reserved for itself.
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=cast(Any, None)),
         )
         .remote(stage, config, report, *needs)

@@ -8,20 +8,20 @@ from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any
 
-from coda_ray.config import Config
+from coda_ray.config import Config, ConfigError
 from coda_ray.pipeline import data
 from coda_ray.pipeline.combine import combine
 from coda_ray.pipeline.criteria import criteria
 from coda_ray.pipeline.evaluate import evaluate
-from coda_ray.pipeline.space import Point, config_at
+from coda_ray.pipeline.space import POINT, Point, config_at
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.task import run_missing
 from coda_ray.pipeline.transfer import Model, Request, Transfer, adaptation, model_of, score, with_needs
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, content_key
 
-# In the folder of a model's criteria: they, and the oracles.
-SCORES = "scores.json"
+# Of a trial, after which it is not run again.
+ENDED = ("finished", "stopped")
 ORACLE = "oracle_accuracy"
 # Of a cell's record, what reads labels of the target; shown under a name that says so.
 ORACLES = {ORACLE: "accuracy", "oracle_macro_f1": "macro_f1", "oracle_well_accuracy": "well_accuracy"}
@@ -91,11 +91,11 @@ class Cell:
             }
             title = f"{request.method} {request.source} to {request.target} per {request.granularity}, seed {request.seed}"
             evaluation = combine(self.config, title, request.granularity, parts)
-        return evaluation, criteria(self.config, self._seen, evaluation, tuple(trained.values()), self.unadapted)
+        return evaluation, criteria(self.config, self.seen, evaluation, tuple(trained.values()), self.unadapted)
 
     @cached_property
-    def _seen(self) -> TileIndex:
-        """Tiles of the units that are adapted to."""
+    def seen(self) -> TileIndex:
+        """Tiles of the units that are adapted to; on them the trial is scored."""
         if len(self._units) == len(self.index.units(self.request.granularity)):
             return self.index
         (unit,) = self._units
@@ -117,21 +117,33 @@ class Cell:
         """Read what is known of the model before adaptation."""
         return self._measure(self.unadapted, self.before)
 
+    def reason(self, name: str, until: int | None = None, *, unadapted: bool = False) -> str:
+        """Tell why there is no such score: of the state after `until` steps, of the end, or of the model before adaptation."""
+        last = self.before if unadapted else self.after(until)[1]
+        reasons: dict[str, str] = (last.facts(open_place(self.config.results)) or {})["reasons"]
+        told = reasons.get(name, "none of its tiles has a MoA label")
+        return f"{name} cannot be measured on {self.request.target}: {told}"
+
     def _measure(self, evaluation: Stage, last: Stage) -> dict[str, Any]:
-        """Run what is missing of a model's stages, and collect its scores, unless that was done."""
+        """Run what is missing of a model's stages, and collect its criteria and oracles, unless that was done."""
         results, request = open_place(self.config.results), self.request
-        found = _told(results, last)
-        if found is None:
+        # Criteria know no label, so their folder may be older than the labels.
+        file = f"{last.path}/oracles-{self.labelled.fingerprint}.json"
+        oracles, facts = _told(results, file), last.facts(results)
+        if oracles is None or facts is None:
             run_missing(with_needs([last]), self.config)
-            found = {**(last.facts(results) or {})["criteria"], **self._oracles(evaluation, results)}
-            results.write(f"{last.path}/{SCORES}", json.dumps(found, indent=1).encode())
-        return {"source": request.source, "target": request.target, "seed": request.seed, **found}
+            oracles, facts = self._oracles(evaluation, results), last.facts(results) or {}
+            results.write(file, json.dumps(oracles, indent=1).encode())
+        return {"source": request.source, "target": request.target, "seed": request.seed, **facts["criteria"], **oracles}
+
+    @cached_property
+    def labelled(self) -> TileIndex:
+        """Tiles that the oracles are scored on."""
+        return data.scored(self.config, self.request.source, self.seen, self._model.classifier.inputs["classes"])
 
     def _oracles(self, evaluation: Stage, results: Folder) -> dict[str, float | None]:
         """Score with the target's labels; for research, never for a choice that claims not to need them."""
-        classes = self._model.classifier.inputs["classes"]
-        counted = data.scored(self.config, self.request.source, self._seen, classes)
-        records = list(score(self.config, results, [Transfer({}, evaluation, None, counted)]))
+        records = list(score(self.config, results, [Transfer({}, evaluation, None, self.labelled)]))
         return {name: records[0][field] if records else None for name, field in ORACLES.items()}
 
     def _forget(self, last: Stage, results: Folder) -> None:
@@ -184,10 +196,13 @@ class Trial:
         )
         return cls(sweep, dict(point), cells, settings.objective, settings.score_every)
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """Hash of the values."""
-        return content_key({"point": self.point})
+        """Hash of the stages at its end: points that differ in what their method or granularity does not read are one trial."""
+        try:
+            return content_key({"ends": [cell.after(None)[1].key for cell in self.cells]})
+        except ConfigError:  # of values that do not go together: it will fail, and tell why
+            return content_key({POINT: self.point})
 
     @property
     def path(self) -> str:
@@ -206,18 +221,24 @@ class Trial:
         ----------
         tell
             Receives the record after each score; may end the trial by an exception.
+
+        Raises
+        ------
+        ValueError
+            When a state has no score; with the criterion's reason.
         """
         results = open_place(self.cells[0].config.results)
         begun, curve = time.monotonic(), []
         for until in self._stops(results):
             cells = [cell.measure(until) for cell in self.cells]
             mean, spread = summary(cells, self.objective)
+            if mean is None:  # which neither Optuna nor ASHA can compare
+                lacking = next(own for own, found in zip(self.cells, cells, strict=True) if found[self.objective] is None)
+                raise ValueError(lacking.reason(self.objective, until))
             now = int(time.time() * 1000)
             curve.append({"step": until or self.steps, "score": mean, "time_ms": now, "cells": cells})
             record = {
-                "key": self.key,
-                "sweep": self.sweep,
-                "point": self.point,
+                **self._identity,
                 "status": "running" if until else "finished",
                 "step": until or self.steps,
                 "score": mean,
@@ -230,7 +251,7 @@ class Trial:
             tell(record)
 
     def fail(self, reason: str) -> dict[str, Any]:
-        """Record that the trial failed.
+        """Record that the trial failed, beside the scores that it had reached.
 
         Parameters
         ----------
@@ -242,9 +263,17 @@ class Trial:
         dict
             The record.
         """
-        record = {"key": self.key, "sweep": self.sweep, "point": self.point, "status": "failed", "score": None, "reason": reason}
-        open_place(self.cells[0].config.results).write(self.path, json.dumps(record, indent=1).encode())
+        results = open_place(self.cells[0].config.results)
+        reached = _told(results, self.path) or {}
+        kept: dict[str, Any] = {name: reached[name] for name in ("step", "cells", "curve", "seconds") if name in reached}
+        record = {**self._identity, **kept, "status": "failed", "score": None, "reason": reason}
+        results.write(self.path, json.dumps(record, indent=1).encode())
         return record
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What stands in every record of the trial."""
+        return {"key": self.key, "sweep": self.sweep, POINT: self.point, "objective": self.objective}
 
     def _stops(self, results: Folder) -> list[int | None]:
         """Steps at which all cells are scored; None is the end."""
@@ -254,10 +283,10 @@ class Trial:
         return [*range(self.score_every, shortest, self.score_every), None]
 
 
-def _told(results: Folder, last: Stage) -> dict[str, Any] | None:
-    """Read what an earlier trial of the same values found."""
+def _told(results: Folder, file: str) -> dict[str, Any] | None:
+    """Read what was written before, by this trial or an earlier one of the same values; None where there is nothing."""
     try:
-        return dict(json.loads(results.read(f"{last.path}/{SCORES}")))
+        return dict(json.loads(results.read(file)))
     except FileNotFoundError:
         return None
 

@@ -96,7 +96,7 @@ def transfer_name(record: Mapping[str, Any]) -> str:
 def transfer_note(record: Mapping[str, Any], job: Mapping[str, Any]) -> str:
     """Give the command that makes a transfer of a job alone."""
     flags = {name: record[name] for name in ("source", "target", "method", "granularity", "split", "seed")}
-    return _again(job, [flags])
+    return _again(job, [_options(flags)])
 
 
 def trial_name(record: Mapping[str, Any]) -> str:
@@ -107,10 +107,29 @@ def trial_name(record: Mapping[str, Any]) -> str:
 
 def trial_note(record: Mapping[str, Any], job: Mapping[str, Any]) -> str:
     """Give the commands that make a trial of a sweep alone, one for each pair and seed."""
-    settings, point = job["config"]["tune"], dict(record["point"])
-    how = {name: point.pop(name, settings[name]) for name in ("method", "granularity")}
-    ends = [(source, target, seed) for source, target in settings["pairs"] for seed in settings["seeds"]]
-    return _again(job, [{"source": source, "target": target, **how, "seed": seed, **point} for source, target, seed in ends])
+    return _again(job, trial_options(record["point"], job["config"]["tune"]))
+
+
+def trial_options(point: Mapping[str, Any], tune: Mapping[str, Any]) -> list[str]:
+    """Spell the options of jobs/adapt.py, beside the sweep's own, that make a trial alone: a line for each pair and seed.
+
+    Parameters
+    ----------
+    point
+        The trial's values.
+    tune
+        Section tune of the sweep's configuration.
+    """
+    values = dict(point)
+    how = {name: values.pop(name, tune[name]) for name in ("method", "granularity")}
+    ends = [(source, target, seed) for source, target in tune["pairs"] for seed in tune["seeds"]]
+    return [_options({"source": source, "target": target, **how, "seed": seed, **values}) for source, target, seed in ends]
+
+
+def adapt_block(options: Sequence[str]) -> str:
+    """Write commands of one adaptation each, which read the configuration among a job's artifacts, in Markdown."""
+    told = "\n".join(f"python jobs/adapt.py --config {CONFIG} \\\n    {line}" for line in options)
+    return f"```\n{told}\n```\n"
 
 
 def plate_name(record: Mapping[str, Any]) -> str:
@@ -135,15 +154,14 @@ def course_note(record: Mapping[str, Any], job: Mapping[str, Any]) -> str:
     return f"Part of *{job['name']}*. {record['strategy']}: {record['about']}. The step of its curves is the turn of a plate.\n"
 
 
-def _again(job: Mapping[str, Any], commands: Sequence[Mapping[str, Any]]) -> str:
-    """Write commands of one adaptation each."""
-    told = "\n".join(f"python jobs/adapt.py --config {CONFIG} \\\n    {shlex.join(_words(flags))}" for flags in commands)
-    return f"Part of *{job['name']}*. With {CONFIG} out of the artifacts of the run above this one:\n\n```\n{told}\n```\n"
+def _again(job: Mapping[str, Any], options: Sequence[str]) -> str:
+    """Say what a run is part of, and how to make it alone."""
+    return f"Part of *{job['name']}*. With {CONFIG} out of the artifacts of the run above this one:\n\n{adapt_block(options)}"
 
 
-def _words(flags: Mapping[str, Any]) -> list[str]:
+def _options(flags: Mapping[str, Any]) -> str:
     """Spell options as the command line reads them."""
-    return [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", _word(value))]
+    return shlex.join(word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", _word(value)))
 
 
 def _word(value: Any) -> str:

@@ -90,6 +90,11 @@ def read_record(results: Folder, path: str) -> dict[str, Any]:
     return record
 
 
+def score_name(objective: str) -> str:
+    """Name the score of a sweep wherever it is shown, so that one that reads labels says so."""
+    return "oracle_score" if objective.startswith("oracle_") else "score"
+
+
 def trial_measures(record: Mapping[str, Any]) -> dict[str, float]:
     """Take the numbers of a sweep's trial beside its score: every measure of its cells, averaged; without what is missing.
 
@@ -102,7 +107,8 @@ def trial_measures(record: Mapping[str, Any]) -> dict[str, float]:
     names = [name for name in (cells[0] if cells else {}) if name not in ("source", "target", "seed")]
     known = {name: [cell[name] for cell in cells if cell[name] is not None] for name in names}
     found = {name: fmean(values) for name, values in known.items() if len(values) == len(cells)}
-    return found | ({"score_std": record["score_std"]} if record.get("score_std") is not None else {})
+    spread = f"{score_name(record.get('objective', ''))}_std"
+    return found | ({spread: record["score_std"]} if record.get("score_std") is not None else {})
 
 
 def course_history(record: Mapping[str, Any]) -> pd.DataFrame:

@@ -37,7 +37,7 @@ from coda_ray.tracking.notes import (
     trial_note,
 )
 from coda_ray.tracking.outbox import without_password
-from coda_ray.tracking.records import IDENTITY, MEASURES, SCORES, course_history, trial_measures
+from coda_ray.tracking.records import IDENTITY, MEASURES, SCORES, course_history, score_name, trial_measures
 from coda_ray.tracking.table import mean_scores
 
 if TYPE_CHECKING:
@@ -297,6 +297,8 @@ class RunStore:
     def trial(self, record: Mapping[str, Any], parent: str | None, job: Mapping[str, Any] | None = None) -> str:
         """Send one trial of a sweep: values as params, score, criteria and oracles as metrics, the score at its steps as curve.
 
+        A score that reads labels is named `oracle_score`.
+
         Parameters
         ----------
         record
@@ -312,13 +314,16 @@ class RunStore:
             Run id.
         """
         values = {name: str(value) for name, value in record["point"].items()}
-        history = pd.DataFrame(record.get("curve", []), columns=["step", "time_ms", "score"])
+        score = score_name(record.get("objective", ""))
+        history = pd.DataFrame(record.get("curve", []), columns=["step", "time_ms", "score"]).rename(columns={"score": score})
         started = None if history.empty else int(history["time_ms"].max() - 1000 * record["seconds"])
         # A trial of the same values in another sweep is another run.
         run = self._ensure("trial", f"{record['sweep']} {record['key']}", trial_name(record), parent, started)
         tags = {"status": record["status"]} | ({"reason": record["reason"]} if record.get("reason") else {})
+        if "reason" in run.data.tags and "reason" not in tags:  # it failed before
+            self.client.delete_tag(run.info.run_id, "reason")
         tags |= {NOTE_TAG: trial_note(record, job)} if job else {}
-        self._curves(run, history.astype({"score": "float64"}))
+        self._curves(run, history.astype({score: "float64"}))
         self._send_differences(run, params=values, tags=tags, values=trial_measures(record))
         self._send_data(run, job.get("data", []) if job else [])
         self.end(run.info.run_id, ENDS.get(record["status"], "FINISHED"), history)

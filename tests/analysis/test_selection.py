@@ -1,8 +1,10 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from benchmarks.selection import judge
 from coda_ray.analysis.selection import CRITERIA, agreement, mean_entropy, mutual_information, rank_me
 
 
@@ -116,3 +118,23 @@ def test_what_cannot_be_compared_is_refused():
         agreement(np.zeros(2), np.array([1, np.nan]), "higher")
     with pytest.raises(ValueError, match="cannot choose"):
         agreement(np.full(2, np.nan), np.zeros(2), "higher")
+
+
+def test_a_criterion_is_judged_among_the_states_of_one_method():
+    # A loss that tells right within each method, and whose scale differs between the methods.
+    states = [
+        ("unadapted oda", "oda", 0, 5.0, 0.40), ("o1", "oda", 100, 4.0, 0.50), ("o1", "oda", 200, 3.0, 0.60),
+        ("unadapted coda", "coda", 0, 9.0, 0.45), ("c1", "coda", 100, 8.0, 0.55), ("c1", "coda", 200, 7.0, 0.70),
+        ("unadapted tent", "tent", 0, 1.0, 0.45),
+    ]  # fmt: skip
+    scores = pd.DataFrame(states, columns=["trial", "method", "step", "held_out_loss", "oracle_accuracy"])
+    scores = scores.assign(source="a", target="b", **{name: np.nan for name in CRITERIA if name != "held_out_loss"})
+    found = judge(scores, "oracle_accuracy")
+    own = found[found["way"] == "held_out_loss"].set_index("method")
+    assert own["regret"].to_dict() == {"oda": 0, "coda": 0}
+    assert own["rank_correlation"].to_dict() == pytest.approx({"oda": 1, "coda": 1})
+    start = found[found["way"] == "unadapted"].set_index("method")["chosen"]
+    assert start.to_dict() == pytest.approx({"oda": 40, "coda": 45})
+    assert found.attrs["states"] == {("a", "b", "coda"): 3, ("a", "b", "oda"): 3}
+    with pytest.raises(ValueError, match="no method has two states"):
+        judge(scores[scores["method"] == "tent"], "oracle_accuracy")

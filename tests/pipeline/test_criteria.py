@@ -1,6 +1,7 @@
 """Label-free criteria of a model: each against what one computes by hand, and without a look at a label."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from coda_ray.analysis.selection import CRITERIA, mean_entropy, mutual_informati
 from coda_ray.config import Config
 from coda_ray.learn.views import dino_views, supervised_view
 from coda_ray.pipeline import data, networks
-from coda_ray.pipeline.criteria import SEED, criteria
+from coda_ray.pipeline.criteria import SEED, anchors_of, criteria
 from coda_ray.pipeline.evaluate import TILE_ID, embeddings_of, predictions_of
 from coda_ray.pipeline.profile import profile
 from coda_ray.pipeline.train_stages import stage_tensors
@@ -108,6 +109,30 @@ def test_held_out_loss_of_coda_is_that_of_pairs_in_new_views(config, finished):
         student, teacher = learner.student.eval()(*views)[0], learner.teacher(views[0])[0]
         expected = learner.criterion(student, teacher, config.dino.teacher_temperature)
     assert facts["criteria"]["held_out_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_one_network_has_alike_pairs_and_losses_at_every_granularity(config, finished):
+    _, _, before, after = finished["coda"]
+    index, results, units = data.load_tiles(config, "b"), open_place(config.results), []
+    for unit in ("b0", "b1"):  # the weights of the whole target under the names of its batches
+        inputs = {**after.trained.inputs, "granularity": "batch", "unit": unit}
+        units.append(replace(after.trained, inputs=inputs))
+        shutil.copytree(results.path(after.trained.path), results.path(units[-1].path))
+        tiles = anchors_of(index, units[-1])
+        anchors, partners = (
+            index.frame.iloc[rows] for rows in tiles.source(seed=SEED, crop=32, pairs="batch").plan.rows(np.arange(28))
+        )
+        assert set(anchors["Metadata_Batch"]) == {unit}
+        assert not set(partners["Metadata_Batch"]) & {unit}
+        assert (anchors[COMPOUND].to_numpy() == partners[COMPOUND].to_numpy()).all()
+    every = config.model_copy(update={"criteria": config.criteria.model_copy(update={"tiles": len(index)})})
+    found = {}
+    for learnt in ((after.trained,), tuple(units)):
+        stage = criteria(every, index, after.evaluation, learnt, before.evaluation)
+        found[len(learnt)] = stage.run(every, None)["criteria"]
+    # Other partners and views of the same tiles; a tile paired with itself has a much lower loss.
+    assert found[2].pop("held_out_loss") == pytest.approx(found[1].pop("held_out_loss"), rel=0.02)
+    assert found[2] == found[1]
 
 
 def test_held_out_loss_of_an_autoencoder_is_that_of_new_masks(config, finished):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from coda_ray.config import ConfigError, Range, Tune
-from coda_ray.pipeline.space import config_at, corners, points_of
+from coda_ray.pipeline.space import config_at, corners, lengths, points_of
 from synthetic import small_config
 
 SPACE = {"granularity": ["source", "batch"], "adapt.lr": [1e-4, 1e-3, 1e-2]}
@@ -38,9 +38,21 @@ def test_corners_reach_every_value():
     assert len(found) == 1 + 1 + 2 + 1
 
 
+def test_lengths_reach_the_longest_adaptation_of_each_method():
+    space = {**SPACE, "method": ["tent", "coda"], "adapt.steps": Range(low=10, high=20, whole=True), "tent.steps": [5, 30]}
+    found = lengths(Tune(space=space))
+    assert {(p["method"], p["adapt.steps"], p["tent.steps"]) for p in found} == {
+        (method, steps, others) for method in ("tent", "coda") for steps in (10, 20) for others in (5, 30)
+    }
+    assert {(p["granularity"], p["adapt.lr"]) for p in found} == {("source", 1e-4)}
+
+
 def test_a_point_changes_what_it_names(tmp_path):
     config = small_config(tmp_path)
-    changed = config_at(config, {"adapt.lr": 0.5, "adapt.dino.ema_start": 0.9, "granularity": "plate", "method": "oda"})
+    changed = config_at(
+        config, {"adapt.lr": 0.5, "adapt.dino.ema_start": 0.9, "tent.lr": 0.1, "granularity": "plate", "method": "oda"}
+    )
+    assert changed.tent.lr == 0.1
     assert (changed.adapt.lr, changed.tune.granularity, changed.tune.method) == (0.5, "plate", "oda")
     assert (changed.dino.ema_start, changed.adapting.ema_start) == (config.dino.ema_start, 0.9)
     assert config_at(config, {}) == config
@@ -50,7 +62,12 @@ def test_a_point_changes_what_it_names(tmp_path):
     ("point", "told"),
     [
         ({"adapt.rate": 1}, r"tune\.space\.adapt\.rate: there is no such field"),
-        ({"lr": 1}, r"tune\.space\.lr: there is no such field"),
+        ({"lr": 1}, r"tune\.space\.lr: searched are method, granularity and fields of adapt and tent"),
+        ({"dino.ema_start": 0.9}, r"tune\.space\.dino\.ema_start: searched are"),
+        ({"train.log_every": 5}, r"tune\.space\.train\.log_every: searched are"),
+        ({"stream.tasks": 1}, r"tune\.space\.stream\.tasks: searched are"),
+        ({"results.address": "elsewhere"}, r"tune\.space\.results\.address: searched are"),
+        ({"tune.objective": "kbet"}, r"tune\.space\.tune\.objective: searched are"),
         ({"adapt.lr.x": 1}, r"tune\.space\.adapt\.lr\.x: there is no such field"),
         ({"adapt.lr": -1.0}, r"tune\.space: adapt\.lr: .*greater than 0 \(of \{'adapt\.lr': -1\.0\}\)"),
         ({"granularity": "well"}, r"tune\.space: tune\.granularity: .*'source', 'batch' or 'plate'"),

@@ -2,24 +2,33 @@
 
 import json
 import math
+import os
+import re
 import shlex
+import shutil
+import signal
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import pandas as pd
 import pytest
+import ray
 import yaml
 
-from coda_ray.config import Config, ConfigError, Range
-from coda_ray.pipeline import data
+from coda_ray.analysis.selection import CRITERIA
+from coda_ray.config import Config, ConfigError, Range, dump_config, parse_job
+from coda_ray.pipeline import data, sweep
 from coda_ray.pipeline.evaluate import TILE_ID, predictions_of
+from coda_ray.pipeline.report import run_tune
 from coda_ray.pipeline.space import config_at
 from coda_ray.pipeline.sweep import TABLE, _bases, _key, run_sweep
 from coda_ray.pipeline.transfer import Request, plan, with_needs
 from coda_ray.pipeline.trial import Trial
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import LABEL
+from coda_ray.tracking.records import read_records
+from jobs import adapt
 from synthetic import small_config, write_tiles
 
 pytestmark = pytest.mark.slow
@@ -41,9 +50,14 @@ def world(root, **tune) -> Config:
     return config
 
 
-def swept(config):
+def swept(config, say=lambda line: None):
     said = []
-    outcome = run_sweep(config, "python jobs/tune.py", said.append)
+
+    def told(line):
+        said.append(line)
+        say(line)
+
+    outcome = run_sweep(config, "python jobs/tune.py", told)
     return outcome, said
 
 
@@ -56,6 +70,13 @@ def finished(ray_cluster, tmp_path_factory):
     """A grid of two points, each scored in the middle and at the end."""
     config = world(tmp_path_factory.mktemp("sweep"))
     return config, *swept(config)
+
+
+def shared(config):
+    """When each file was written that trials stand on: training on the source, and the models before adaptation."""
+    stages = with_needs(cell.before for cell in _bases(config))
+    files = (file for stage in stages for file in Path(open_place(config.results).path(stage.path)).rglob("*"))
+    return {file: file.stat().st_mtime_ns for file in files if not file.name.startswith("oracles-")}
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +104,54 @@ def test_a_trial_that_raises_is_recorded_and_the_rest_finish(culled):
     assert set(outcome.table["status"]) >= {"finished", "failed", "unadapted"}
 
 
+@pytest.mark.parametrize("fields", [{"stop_early": True}, {"search": "optuna", "samples": 4}], ids=["asha", "optuna"])
+def test_a_trial_without_a_score_fails_with_the_reason_and_the_rest_finish(finished, fields):
+    space = {"adapt.lr": [1e-3, 6e-3]}
+    config = changed(finished[0], space=space, seeds=[0], objective="mutual_information", at_once=1, **fields)
+    (cell,) = Trial.at(config, "", {"adapt.lr": 6e-3}).cells
+    facts = {"criteria": dict.fromkeys(CRITERIA), "reasons": {"mutual_information": "the model is an invented one"}}
+    open_place(config.results).write(f"{cell.after(2)[1].path}/done.json", json.dumps(facts).encode())
+    outcome, _ = swept(config)
+    assert set(outcome.table["status"]) == {"finished", "failed", "unadapted"}
+    (failed,) = outcome.table[outcome.table["status"] == "failed"].to_dict("records")
+    assert failed["adapt.lr"] == 6e-3
+    assert failed["reason"] == "ValueError: mutual_information cannot be measured on b: the model is an invented one"
+
+
+def test_a_trial_whose_process_is_killed_is_recorded_and_the_rest_finish(finished, monkeypatch):
+    rates, true = [5e-3, 7e-3, 8e-3], sweep._run_trial
+    config = changed(finished[0], space={"adapt.lr": rates}, seeds=[0], score_every=0, at_once=1)
+
+    def run(tuned, base, sweep):
+        if tuned["point"]["adapt.lr"] == rates[1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        true(tuned, base, sweep)
+
+    monkeypatch.setattr(sweep, "_run_trial", run)
+    outcome, said = swept(config)
+    assert outcome.whole
+    statuses = outcome.table.dropna(subset="adapt.lr").set_index("adapt.lr")["status"].to_dict()
+    assert statuses == {rates[0]: "finished", rates[1]: "failed", rates[2]: "finished"}
+    (reason,) = outcome.table["reason"].dropna()
+    assert reason.startswith("its process died; Ray's log says why")
+    assert sum("failed: its process died" in line for line in said) == 1
+
+
+def test_whatever_ends_the_search_the_table_is_written(finished, monkeypatch):
+    config, outcome, _ = finished
+    file = Path(next(file for file in outcome.files if file.endswith(TABLE)))
+    before = file.read_bytes()
+    file.unlink()
+
+    def broken(*_args, **_options):
+        raise RuntimeError("Tune broke down")
+
+    monkeypatch.setattr(sweep, "_search", broken)
+    with pytest.raises(RuntimeError, match="Tune broke down"):
+        swept(config)
+    assert file.read_bytes() == before
+
+
 def test_bad_trials_end_early(culled):
     _, outcome, _ = culled
     stopped = outcome.table[outcome.table["status"] == "stopped"]
@@ -96,6 +165,13 @@ def test_the_same_command_again_runs_what_failed_alone(culled):
     assert "5 trials, 4 of them finished before" in said
     assert "before the trials:" not in said
     pd.testing.assert_frame_equal(again.table, outcome.table)
+
+
+def test_stages_that_want_every_cpu_leave_trials_room_side_by_side(finished):
+    config = changed(finished[0], space={"adapt.lr": [3e-3, 4e-3]}, seeds=[0], score_every=0, at_once=2)
+    cpus = ray.cluster_resources()["CPU"]
+    outcome, _ = swept(config.model_copy(update={"train": config.train.model_copy(update={"cpus_per_worker": cpus})}))
+    assert outcome.table["status"].value_counts().to_dict() == {"finished": 2, "unadapted": 1}
 
 
 def entropy_and_accuracy(config, seed):
@@ -132,15 +208,35 @@ def test_units_are_read_by_their_own_models(finished):
     assert facts["criteria"]["held_out_loss"] > 0
 
 
-def test_the_best_is_written_as_a_configuration_and_as_a_command(finished):
+def test_the_best_is_written_as_a_configuration(finished):
     _, outcome, _ = finished
     best = outcome.table[outcome.table["status"] == "finished"].iloc[0]
     file = next(address for address in outcome.files if address.endswith("best.yaml"))
     chosen = Config.model_validate(yaml.safe_load(Path(file).read_text()))
     assert (chosen.adapt.lr, chosen.tune.granularity) == (best["adapt.lr"], best["granularity"])
-    words = ["--source", "a", "--target", "b", "--method", "coda", "--granularity", best["granularity"], "--seed", "0"]
-    assert shlex.split(outcome.command) == ["python", "jobs/adapt.py", "--config", file, *words]
     assert list(pd.read_csv(next(f for f in outcome.files if f.endswith(TABLE)))["key"]) == list(outcome.table["key"])
+
+
+def test_the_commands_of_the_best_run_as_they_are_printed_and_train_nothing(finished, tmp_path, monkeypatch, capsys):
+    config, outcome, _ = finished
+    file = tmp_path / "own.yaml"
+    file.write_text(dump_config(config))
+    assert run_tune(config, f"python jobs/tune.py --config {file} --tune.at-once 1") == 0
+    commands = re.findall(r"^the best: (.+)$", capsys.readouterr().out, re.MULTILINE)
+    best = outcome.table[outcome.table["status"] == "finished"].iloc[0]
+    results, trained = Path(config.results.address), ("pretrain", "classify", "adapt")
+    before = {path: path.stat().st_mtime_ns for kind in trained for path in results.glob(f"{kind}/**/*")}
+    asked = []
+    for command in commands:
+        python, script, *words = shlex.split(command)
+        assert (python, script) == ("python", "jobs/adapt.py")
+        monkeypatch.setattr("sys.argv", [script, *words])
+        assert adapt.main() == 0
+        made = parse_job(adapt.AdaptJob, words, prog="", description="")
+        asked.append((made.source, made.target, made.seed))
+        assert (made.method, made.granularity, made.adapt.lr) == ("coda", best["granularity"], best["adapt.lr"])
+    assert asked == [("a", "b", 0), ("a", "b", 1)]
+    assert {path: path.stat().st_mtime_ns for kind in trained for path in results.glob(f"{kind}/**/*")} == before
 
 
 def test_states_in_the_middle_leave_their_criteria_alone(finished):
@@ -188,14 +284,40 @@ def test_no_label_of_the_target_is_behind_a_score(finished, monkeypatch):
     assert planned() == before
 
 
+def test_other_labels_are_scored_anew_from_the_same_predictions(finished, monkeypatch):
+    config, _, _ = finished
+    point, true = {"granularity": "source", "adapt.lr": 1e-3}, data.load_tiles
+    key, (cell, _) = _key(config, _bases(config)), Trial.at(config, "", point).cells
+    known = cell.measure(None)
+
+    def moved(config, source):
+        index = true(config, source)
+        names = sorted(index.frame[LABEL].dropna().unique())
+        following = dict(zip(names, names[1:] + names[:1], strict=True))
+        other = index.frame.assign(**{LABEL: index.frame[LABEL].map(following)})
+        return index if source == "a" else type(index)(other, index.folder, index.channels)
+
+    monkeypatch.setattr(data, "load_tiles", moved)
+    (again, _) = Trial.at(config, "", point).cells
+    evaluation, last = again.after(None)
+    assert last.key == cell.after(None)[1].key
+    found = again.measure(None)
+    table = predictions_of(config, evaluation).merge(moved(config, "b").frame[[*TILE_ID, LABEL]], on=TILE_ID).dropna(subset=LABEL)
+    assert found["oracle_accuracy"] == pytest.approx((table["predicted"] == table[LABEL]).mean())
+    assert {name: found[name] for name in CRITERIA} == {name: known[name] for name in CRITERIA}
+    assert _key(config, _bases(config)) != key
+    monkeypatch.undo()
+    assert cell.measure(None) == known
+
+
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
         ({"space": {}}, "tune.space is empty"),
         ({"pairs": []}, "tune.pairs is empty"),
+        ({"stop_early": True, "score_every": 5}, r"tune\.score_every = 5: the longest adaptation has 4 steps"),
         ({"objective": "accuracy"}, "tune.objective = 'accuracy': choose from .*oracle_accuracy"),
-        ({"objective": "kbet"}, r"tune\.objective = 'kbet' cannot be measured on b: .*; choose another"),
-        ({"space": {"dino.ema_start": [0.9, 0.99]}}, r"tune\.space\.dino\.ema_start: it changes the unadapted model"),
+        ({"objective": "kbet"}, r"tune\.objective: kbet cannot be measured on b: .*; choose another"),
         ({"space": {"adapt.speed": [1]}}, r"tune\.space\.adapt\.speed: there is no such field"),
     ],
 )
@@ -203,6 +325,88 @@ def test_a_sweep_that_cannot_be_is_told_before_the_trials(finished, fields, told
     config, _, _ = finished
     with pytest.raises(ConfigError, match=told):
         swept(changed(config, **fields))
+
+
+def test_what_trials_stand_on_is_made_once_and_never_by_a_trial(finished, tmp_path):
+    config, before = world(tmp_path, seeds=[0], score_every=0), {}
+    shutil.copytree(Path(finished[0].results.address) / "pretrain", Path(config.results.address) / "pretrain")
+
+    def look(line):
+        if line == "2 trials, 0 of them finished before":
+            before.update(shared(config))
+
+    outcome, _ = swept(config, look)
+    assert list(outcome.table["status"]).count("finished") == 2
+    assert {file.name for file in before} >= {"done.json", "model.safetensors", "predictions.parquet"}
+    assert shared(config) == before
+
+
+def test_points_with_the_same_stages_are_one_trial(finished):
+    config, known, _ = finished
+    outcome, said = swept(changed(config, space={"granularity": ["source"], "adapt.lr": [1e-3], "tent.lr": [0.1, 0.2]}))
+    assert (
+        "granularity source, adapt.lr 0.001, tent.lr 0.2: the same trial as granularity source, adapt.lr 0.001, tent.lr 0.1"
+        in said
+    )
+    assert outcome.table["status"].value_counts().to_dict() == {"finished": 1, "unadapted": 1}
+    assert set(outcome.table["key"]) <= set(known.table["key"])
+
+
+def test_an_oracle_is_named_wherever_its_score_stands(finished):
+    config, plain, _ = finished
+    outcome, said = swept(changed(config, objective="oracle_accuracy"))
+    file = next(file for file in outcome.files if file.endswith(TABLE))
+    assert {"oracle_score", "oracle_score_std"} <= set(pd.read_csv(file))
+    assert not {"score", "score_std"} & set(pd.read_csv(file))
+    assert sum("finished at step 4, oracle_score" in line for line in said) == 2
+    own, known = (one.table.set_index(["status", "granularity"])["oracle_accuracy"].sort_index() for one in (outcome, plain))
+    pd.testing.assert_series_equal(own, known)
+    record = read_records(open_place(config.results), "jobs")
+    assert {name for job in record if job["config"]["tune"]["objective"] == "oracle_accuracy" for name in job["scores"]} == {
+        "best_oracle_score"
+    }
+
+
+@pytest.mark.parametrize(
+    ("unit", "fields", "told"),
+    [
+        ("b1", {"objective": "replicate_map", "granularity": "batch"}, "'replicate_map' compares batches.* are of b1"),
+        ("random", {"objective": "ilisi", "granularity": "batch"}, r"'ilisi' compares batches.*\(adapt\.unit = 'random'"),
+        ("all", {"objective": "held_out_loss", "method": "tent"}, "'held_out_loss': tent has no self-supervised loss"),
+        ("random", {"space": {"granularity": ["source", "batch"]}}, "would be scored on different tiles of b"),
+    ],
+)
+def test_what_the_adapted_tiles_cannot_answer_is_told_before_anything_is_trained(tmp_path, unit, fields, told):
+    config = world(tmp_path, **{"space": {"adapt.lr": [1e-3]}, **fields})
+    with pytest.raises(ConfigError, match=told):
+        swept(config.model_copy(update={"adapt": config.adapt.model_copy(update={"unit": unit})}))
+    assert not Path(config.results.address).exists()
+
+
+@pytest.mark.parametrize(
+    ("space", "section", "field"),
+    [
+        ({"method": ["coda", "tent"]}, "tent", {"lr": 0.5}),
+        ({"granularity": ["source", "batch"]}, "adapt", {"minibatch_unit": 4}),
+    ],
+)
+def test_what_any_method_or_granularity_reads_is_in_the_key_of_the_sweep(finished, space, section, field):
+    config = changed(finished[0], space=space)
+    other = config.model_copy(update={section: getattr(config, section).model_copy(update=field)})
+    assert _key(other, _bases(other)) != _key(config, _bases(config))
+    narrow = changed(other, space={"adapt.lr": [1e-3]}), changed(config, space={"adapt.lr": [1e-3]})
+    assert len({_key(one, _bases(one)) for one in narrow}) == 1
+
+
+def test_a_trial_that_fails_keeps_the_scores_that_it_reached(tmp_path):
+    config = world(tmp_path)
+    trial, results = Trial.at(config, "", {"adapt.lr": 1e-3}), open_place(config.results)
+    reached = {"step": 2, "seconds": 1.0, "cells": [{"seed": 0}], "curve": [{"step": 2, "score": 0.5}]}
+    results.write(trial.path, json.dumps({"key": trial.key, "status": "running", "score": 0.5, **reached}).encode())
+    record = trial.fail("it fell")
+    assert json.loads(results.read(trial.path)) == record
+    assert {name: record[name] for name in reached} == reached
+    assert (record["status"], record["score"], record["reason"]) == ("failed", None, "it fell")
 
 
 def test_optuna_goes_on_from_what_was_found(finished):

@@ -332,6 +332,25 @@ def test_trials_are_runs_with_values_as_params_below_their_sweep(results, store)
     assert store.client.get_run(sweep.info.run_id).info.status == "FINISHED"
 
 
+def test_a_score_that_reads_labels_is_named_so(store):
+    store.trial(trial_record(objective="oracle_accuracy"), None)
+    (run,) = runs_by_kind(store)["trial"]
+    assert run.data.metrics == pytest.approx(
+        {"oracle_score": 0.25, "oracle_score_std": 0.07, "replicate_map": 0.25, "oracle_accuracy": 0.5}
+    )
+
+
+def test_a_trial_that_failed_and_then_finished_has_no_reason_left(store):
+    store.trial(trial_record(status="failed", score=None, reason="it fell"), None)
+    (failed,) = runs_by_kind(store)["trial"]
+    assert (failed.data.tags["reason"], failed.info.status) == ("it fell", "FAILED")
+    assert [point.step for point in store.client.get_metric_history(failed.info.run_id, "score")] == [10, 20]
+    store.trial(trial_record(), None)
+    (run,) = runs_by_kind(store)["trial"]
+    assert "reason" not in run.data.tags
+    assert (run.data.tags["status"], run.info.status) == ("finished", "FINISHED")
+
+
 def plate_record(number, **changes):
     """What a watcher keeps of a plate."""
     record = {

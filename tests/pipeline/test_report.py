@@ -13,7 +13,9 @@ from coda_ray.pipeline.sweep import Outcome
 @pytest.fixture
 def swept(monkeypatch):
     """`jobs/tune.py` with another sweep behind it."""
-    before = signal.getsignal(signal.SIGTERM)
+    # Tune leaves its own handler of Ctrl-C behind in a process that ran a sweep.
+    before = {signal.SIGTERM: signal.getsignal(signal.SIGTERM), signal.SIGINT: signal.getsignal(signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run(sweep):
         monkeypatch.setattr(report, "start_ray", lambda: None)
@@ -21,7 +23,8 @@ def swept(monkeypatch):
         return report.run_tune(Config(), "python jobs/tune.py --config own.yaml")
 
     yield run
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_a_scheduler_ends_a_sweep_as_ctrl_c_does(swept, capsys):

@@ -37,6 +37,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (item.path not in own, item.path not in shared))
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Name a parameter of bytes by its argument: what gzip packs holds the time, and two processes must find the same tests."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session")
 def jump_metadata(tmp_path_factory):
     """A folder of the real tables under the names that the repository of JUMP gives them."""

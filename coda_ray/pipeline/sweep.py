@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,13 +17,14 @@ from coda_ray.analysis.selection import ACROSS_BATCHES, CRITERIA
 from coda_ray.cluster import quieten
 from coda_ray.config import Config, ConfigError, dump_config
 from coda_ray.pipeline.matrix import StagesFailedError, run_stages
-from coda_ray.pipeline.record import job_record
+from coda_ray.pipeline.record import job_record, write_job
 from coda_ray.pipeline.searcher import OptunaSearcher
 from coda_ray.pipeline.space import OWN, POINT, Point, config_at, corners, lengths, own_points, points_of
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.task import room
 from coda_ray.pipeline.transfer import with_needs
 from coda_ray.pipeline.trial import ENDED, ORACLE, ORACLES, Cell, Trial, summary
+from coda_ray.progress import Say
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key
 from coda_ray.tracking.notes import CONFIG, adapt_block, trial_options
@@ -32,7 +33,6 @@ from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.store import REPORT
 from coda_ray.tracking.table import markdown_table
 
-Say = Callable[[str], None]
 # A trial waits for its stages, which may want every CPU of a node; Tune refuses to reserve nothing, so it is one byte.
 TRIAL = {"memory": 1.0}
 BEST, TABLE, SCORES = "best.yaml", "trials.csv", "scores.csv"
@@ -100,7 +100,7 @@ def run_sweep(config: Config, command: str, say: Say) -> Outcome:
     cells = list({cell.before.key: cell for cell in reversed(bases)}.values())[::-1]
     upstream = with_needs(cell.before for cell in cells)
     job = _job(config, key, command, upstream)
-    results.write(f"jobs/{key}.json", json.dumps(job, indent=1).encode())
+    write_job(results, job)
     tracker = Tracker.open(config.tracking, results)
     try:
         tracker.start_job(job)
@@ -388,7 +388,7 @@ def _conclude(
         folder.write(name, content)
     if whole:
         job |= {"whole": True, "summary": _summary(config, table, options), "scores": best_score}
-        results.write(f"jobs/{job['key']}.json", json.dumps(job, indent=1).encode())
+        write_job(results, job)
         tracker.finish_job(job)
     tracker.report(job, files)
     return Outcome(table, [folder.address(name) for name in files], options, whole, tracker.ui_hint)

@@ -53,7 +53,7 @@ class Survey:
     sources
         One row per source: plates, batches, wells, compounds, classes, labelled (tiles), tiles, tile_px, tile_bytes; of them
         planned (plates that are not ingested yet) and raw_bytes (of the raw images to read for them); held_out, the plate that is
-        never trained on, of those that are learnt from.
+        never trained on (empty where nothing is learnt from the source).
     stages
         One row per stage, in an order in which each stands after those it needs: kind, title, source, plates, tiles, steps,
         minibatch, images_per_step, images, gpu_hours (spent by a finished stage), bytes (of its results), finished, planned
@@ -100,7 +100,7 @@ def survey(config: Config, requests: Sequence[Request]) -> Survey:
         stages = stages_of(transfer for request in requests for transfer in plan(planning, request))
         sources = pd.DataFrame([_source_row(planning, name, planned[name]) for name in names])
         learnt = {request.source for request in requests}
-        sources["held_out"] = [data.held_out_plate(planning, name) if name in learnt else None for name in names]
+        sources["held_out"] = [data.held_out_plate(planning, name) if name in learnt else "" for name in names]
     results = open_place(config.results)
     facts = {stage.key: stage.facts(results) for stage in stages}
     rates = _rates(config, stages, facts)
@@ -333,7 +333,7 @@ def _sources_table(found: Survey) -> Table:
         mark = PLANNED if row["planned"] else ""
         sizes = [row["tile_px"], f"{mark}{row['tile_bytes'] / 1e9:.1f}", _count(row["raw_bytes"] / 1e9)]
         plates = f"{row['plates']}" + (f" ({row['planned']} {PLANNED})" if row["planned"] else "")
-        table.add_row(row["source"], plates, *counts, f"{mark}{_count(row['tiles'])}", *sizes, row["held_out"] or "")
+        table.add_row(row["source"], plates, *counts, f"{mark}{_count(row['tiles'])}", *sizes, row["held_out"])
     total = found.sources[["tile_bytes", "raw_bytes"]].sum() / 1e9
     ends = [_count(found.sources["labelled"].sum()), _count(found.sources["tiles"].sum()), ""]
     table.add_section()

@@ -135,7 +135,7 @@ def raise_failures(failures: Mapping[str, str]) -> None:
         told = "\n".join(f"  {title}: {reason}" for title, reason in failures.items())
         raise StagesFailedError(
             f"{len(failures)} stage(s) failed; those that do not need them are finished:\n{told}\n"
-            "the same command again runs only what is missing"
+            "the same command again runs what is missing"
         )
 
 

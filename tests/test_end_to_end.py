@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from coda_ray.config import METHODS_PER_UNIT, Method
+from coda_ray.config import Method
 from real_images import REAL_IMAGES, real_list
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,10 +112,8 @@ def test_every_method_from_the_bucket_to_the_report(job, tiny_bucket, tmp_path):
     job("matrix.py", "--config", file)
     transfers = pd.read_parquet(tmp_path / "results" / "transfers.parquet")
     across = transfers[transfers["source"] != transfers["target"]]
-    whole = across[(across["granularity"] == "source") & (across["scope"] == "whole")]
-    assert whole.groupby("method")["seed"].apply(set).to_dict() == {method: {0, 1} for method in get_args(Method)}
-    assert set(across.loc[across["granularity"] == "batch", "method"]) >= METHODS_PER_UNIT
-    assert whole["accuracy"].between(0, 1).all()
+    assert across.groupby("method")["seed"].apply(set).to_dict() == {method: {0, 1} for method in get_args(Method)}
+    assert across["accuracy"].between(0, 1).all()
     again = job("matrix.py", "--config", file)
     told = re.search(r"(\d+) stages, (\d+) of them finished before", again)
     assert told

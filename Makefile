@@ -33,7 +33,7 @@ notebooks: setup  ## Run the notebooks again and keep their outputs
 test: setup  ## Every test but those that take minutes each
 	$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-long: setup  ## The tests that take minutes each: notebooks, nodes that die, jobs that are killed
+test-long: setup  ## The tests that take longest: sweeps, watchers, submitted jobs, notebooks, nodes that die, jobs that are killed
 	$(RUN) -m pytest -m long --timeout 3600
 
 test-fast: setup  ## Tests that take seconds

@@ -247,7 +247,7 @@ def submitted(head, tmp_path_factory):
     return root, [head.submit("jobs/matrix.py", "--config", file), head.submit("jobs/adapt.py", "--config", file, *one)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.own_ray
 def test_ray_job_submit_runs_adapt_and_matrix_unchanged(submitted):
     root, jobs = submitted
@@ -257,7 +257,7 @@ def test_ray_job_submit_runs_adapt_and_matrix_unchanged(submitted):
     assert set(transfers_of(root, "submitted")["method"]) == {"supervised", "dual-dino", "dual-cb", "oda", "coda"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.own_ray
 @pytest.mark.parametrize(
     ("credentials", "told"),

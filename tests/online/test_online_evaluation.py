@@ -209,7 +209,7 @@ def test_the_figure_shows_every_turn_of_every_strategy():
     assert [line.get_xdata()[0] for line in parted] == [2.5]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_turn_is_scored_on_what_its_model_predicted(finished):
     config, outcome = finished
     assert outcome.table.columns.tolist() == list(COLUMNS)
@@ -227,7 +227,7 @@ def test_every_turn_is_scored_on_what_its_model_predicted(finished):
             assert (row["n_images"], row["n_wells"]) == (12, 6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_costs_are_those_that_the_stages_noted(finished):
     config, outcome = finished
     steps = outcome.table.groupby("strategy", sort=False)["steps"].agg(list).to_dict()
@@ -243,7 +243,7 @@ def test_costs_are_those_that_the_stages_noted(finished):
     assert outcome.table.set_index("strategy").loc["batch", "waits"].tolist() == [1, 0, 1, 0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_tables_are_kept_and_the_job_is_whole(finished):
     config, outcome = finished
     results = open_place(config.results)
@@ -267,7 +267,7 @@ def runs_of(config):
     return client, found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_second_run_does_what_is_missing_and_finds_the_same(finished):
     config, outcome = finished
     results, courses = open_place(config.results), by_strategy(config)
@@ -287,7 +287,7 @@ def test_a_second_run_does_what_is_missing_and_finds_the_same(finished):
     pd.testing.assert_frame_equal(again.table[columns], outcome.table[columns])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stage_that_fails_is_told_and_the_job_is_not_whole(finished, tmp_path):
     config, _ = finished
     broken = settings(
@@ -303,7 +303,7 @@ def test_a_stage_that_fails_is_told_and_the_job_is_not_whole(finished, tmp_path)
     assert not job["whole"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mlflow_has_a_run_per_course_with_its_curves_and_one_per_stage(finished):
     config, _ = finished
     tracking = config.tracking.model_copy(update={"enabled": True, "system_metrics": False})

@@ -36,7 +36,7 @@ from coda_ray.tracking.runs import Tracker
 from conftest import write_tiny
 from synthetic import place, small_config
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 SETTINGS = PRESETS["tiny"].model_copy(update={"sources": ["sim_a", "sim_b"]})
 PLATES = [plate for plate in draw_plates(SETTINGS) if plate.source == "sim_b"]
 STEPS = ["arrived", "ingested", "checked", "chosen", "predicted", "reported"]

@@ -31,7 +31,7 @@ from coda_ray.tracking.records import read_records
 from jobs import adapt
 from synthetic import small_config, write_tiles
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 RATES = [1e-3, 1e-4, 1e-5, 2e-3, 1e30]
 TUNE = {
     "pairs": [("a", "b")],

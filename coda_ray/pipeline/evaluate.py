@@ -1,6 +1,5 @@
 """The stage that looks: a model over every tile of a source, predictions and embeddings to parquet, no label read."""
 
-import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,6 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 import torch
@@ -33,7 +31,7 @@ from coda_ray.pipeline.moments import moments_of_all, moments_of_tiles
 from coda_ray.pipeline.stage import Stage, pass_inputs, pass_workload, settings_of
 from coda_ray.pipeline.train_stages import Made, load_model, stage_tensors
 from coda_ray.storage import Folder, open_place
-from coda_ray.tiles.store import TileIndex, table_bytes
+from coda_ray.tiles.store import TileIndex, read_parquet, table_bytes
 from coda_ray.training.infer import infer
 from coda_ray.training.loop import Report
 
@@ -161,9 +159,7 @@ def write_predictions(
 
 def _table_of(config: Config, stage: Stage, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """Read one table of a finished evaluation, or some of its columns."""
-    data = open_place(config.results).read(f"{stage.path}/{name}.parquet")
-    frame: pd.DataFrame = pq.read_table(io.BytesIO(data), columns=columns and list(columns)).to_pandas()
-    return frame
+    return cast(pd.DataFrame, read_parquet(open_place(config.results), f"{stage.path}/{name}.parquet", columns).to_pandas())
 
 
 def _make(
@@ -299,7 +295,7 @@ def _test_time_training(run: EvaluationRun, model: SupervisedModel | DualModel, 
 
 def _join(run: EvaluationRun, begun: float) -> dict[str, Any]:
     """Write predictions and embeddings in the order of the tiles, and `done.json` last."""
-    parts = [pq.read_table(io.BytesIO(run.folder.read(f"parts/{name}"))) for name in _part_names(run)]
+    parts = [read_parquet(run.folder, f"parts/{name}") for name in _part_names(run)]
     rows = np.concatenate([part["row"].to_numpy() for part in parts])
     values = np.concatenate([np.stack(part["values"].to_pylist()).astype(np.float32) for part in parts])
     # A run that was broken off may have left parts of another number of workers: the same rows, the same values.

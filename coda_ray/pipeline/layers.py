@@ -1,6 +1,5 @@
 """The stage that compares layers: how alike two feature extractors see the same tiles, block by block (CKA)."""
 
-import io
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ from coda_ray.pipeline import data, networks
 from coda_ray.pipeline.stage import Stage, pass_inputs
 from coda_ray.pipeline.train_stages import Made, extractor_of
 from coda_ray.storage import Folder, open_place
-from coda_ray.tiles.store import TileIndex, table_bytes
+from coda_ray.tiles.store import TileIndex, read_parquet, table_bytes
 from coda_ray.training.infer import infer
 from coda_ray.training.loop import Report
 
@@ -78,7 +77,7 @@ def layers_of(config: Config, stage: Stage) -> dict[str, NDArray[np.float64]]:
     dict
         `all tokens` and `CLS` to (blocks of the first, blocks of the second) float64 CKA.
     """
-    frame = pd.read_parquet(io.BytesIO(open_place(config.results).read(f"{stage.path}/cka.parquet")))
+    frame = read_parquet(open_place(config.results), f"{stage.path}/cka.parquet").to_pandas()
     return {
         str(name): part.pivot(index="first", columns="second", values="cka").to_numpy(np.float64)
         for name, part in frame.groupby("reading", sort=False)

@@ -1,12 +1,11 @@
 """The stage that draws a map of features: embeddings before and after adaptation, side by side in one plane (UMAP)."""
 
-import io
 import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,7 @@ from coda_ray.pipeline.evaluate import FEATURE, TILE_ID, embeddings_of
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.train_stages import Made
 from coda_ray.storage import Folder, open_place
-from coda_ray.tiles.store import TileIndex, table_bytes
+from coda_ray.tiles.store import TileIndex, read_parquet, table_bytes
 from coda_ray.training.loop import Report
 
 STATES = ("before", "after")
@@ -58,7 +57,7 @@ def map_features(config: Config, index: TileIndex, before: Stage, after: Stage) 
 
 def map_of(config: Config, stage: Stage) -> pd.DataFrame:
     """Read a finished map: a tile's Metadata_ names, `state` (before, after), `x`, `y`; one row per tile and state."""
-    return pd.read_parquet(io.BytesIO(open_place(config.results).read(f"{stage.path}/map.parquet")))
+    return cast(pd.DataFrame, read_parquet(open_place(config.results), f"{stage.path}/map.parquet").to_pandas())
 
 
 def _make(

@@ -320,6 +320,6 @@ def table_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def read_parquet(folder: Folder, path: str) -> pa.Table:
-    """Read a table from storage."""
-    return pq.read_table(io.BytesIO(folder.read(path)))
+def read_parquet(folder: Folder, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a table from storage, or some of its columns."""
+    return pq.read_table(io.BytesIO(folder.read(path)), columns=columns and list(columns))

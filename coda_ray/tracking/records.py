@@ -1,15 +1,15 @@
 """What the results folder holds: records (JSON) and training curves (parquet), read for tables and for MLflow."""
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
 from coda_ray.storage import Folder
+from coda_ray.tiles.store import read_parquet
 
 READS_AT_A_TIME = 16
 # Records of plates that a watcher reported, below it a folder per job, and in that one per source and batch.
@@ -150,7 +150,7 @@ def read_history(results: Folder, stage_path: str | None) -> pd.DataFrame | None
     if stage_path is None:
         return None
     try:
-        return pd.read_parquet(io.BytesIO(results.read(f"{stage_path}/history.parquet")))
+        return cast(pd.DataFrame, read_parquet(results, f"{stage_path}/history.parquet").to_pandas())
     except FileNotFoundError:
         return None
 

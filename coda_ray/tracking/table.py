@@ -16,6 +16,8 @@ from coda_ray.tracking.records import SCORES, read_records, transfers_frame
 
 MATRIX_COLUMNS = ("metric", "split", "granularity", "source", "target", "method", "mean", "std", "n_seeds")
 CELL = ["source", "target", "method"]
+# Begins the columns that hold the score of one seed.
+SEED = "seed_"
 # What titles say of a split.
 OF_SPLIT: dict[str, str] = {"plate": "", "compounds": ", compounds held out"}
 TITLES = {
@@ -100,7 +102,8 @@ def matrix_table(transfers: pd.DataFrame, metric: str, granularity: Granularity,
     Returns
     -------
     DataFrame
-        Columns `MATRIX_COLUMNS`: mean and std as shares in [0, 1], std that of a sample (NaN with one seed).
+        Columns `MATRIX_COLUMNS`: mean and std as shares in [0, 1], std that of a sample (NaN with one seed); after them
+        the score of each seed, `seed_<number>` (NaN where it has none).
         Sorted by source and target (numbers in names by value) and by method, unadapted first.
 
     Raises
@@ -116,19 +119,16 @@ def matrix_table(transfers: pd.DataFrame, metric: str, granularity: Granularity,
     rows = rows.assign(weighted=rows[metric] * rows[weight], weight=rows[weight])
     seeds = rows.groupby([*CELL, "seed"], as_index=False)[["weighted", "weight"]].sum()
     seeds["score"] = seeds["weighted"] / seeds["weight"]
-    table = pd.DataFrame(
-        seeds.groupby(CELL, as_index=False).agg(mean=("score", "mean"), std=("score", "std"), n_seeds=("score", "count"))
-    )
-    table.insert(0, "granularity", granularity)
-    table.insert(0, "split", split)
-    table.insert(0, "metric", metric)
+    by_seed = seeds.pivot(index=CELL, columns="seed", values="score").add_prefix(SEED)
+    spread = {"mean": by_seed.mean(axis=1), "std": by_seed.std(axis=1), "n_seeds": by_seed.count(axis=1)}
+    table = by_seed.assign(metric=metric, split=split, granularity=granularity, **spread).reset_index()
     order = (
         [*map(_natural, table["source"])],
         [*map(_natural, table["target"])],
         [*map(_method_rank, table["method"])],
     )
     table = table.iloc[sorted(range(len(table)), key=lambda i: tuple(column[i] for column in order))]
-    return table.reset_index(drop=True).loc[:, list(MATRIX_COLUMNS)]
+    return table.reset_index(drop=True).loc[:, [*MATRIX_COLUMNS, *by_seed.columns]]
 
 
 def shown(names: Sequence[str]) -> list[str]:
@@ -156,15 +156,24 @@ def mean_scores(tidy: pd.DataFrame) -> dict[str, float]:
             granularity, split = part["granularity"].iloc[0], part["split"].iloc[0]
             unit = "" if granularity == "source" else f" per {granularity}"
             held_out = " compounds held out" if split == "compounds" else ""
-            means = _pairs_of_all(part).mean()
-            found |= {f"mean_{metric}/{method}{unit}{held_out}": round(float(mean), 6) for method, mean in means.items()}
+            means = _over_pairs(part)[1]
+            found |= {f"mean_{metric}/{method}{unit}{held_out}": round(mean, 6) for method, (mean, _) in means.items()}
     return found
 
 
-def _pairs_of_all(tidy: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds, a row per pair of different sources that every method was scored on, a column per method."""
-    wide = tidy[tidy["source"] != tidy["target"]].pivot(index=["source", "target"], columns="method", values="mean")
-    return wide.reindex(columns=shown(tidy["method"].tolist())).dropna()
+def _over_pairs(tidy: pd.DataFrame) -> tuple[int, dict[str, tuple[float, float]]]:
+    """Average each method over the pairs of different sources that every method was scored on.
+
+    Returns the number of pairs, and method to (mean, standard deviation of it over the seeds that have all pairs).
+    """
+    methods = shown(tidy["method"].tolist())
+    scores = ["mean", *[name for name in map(str, tidy) if name.startswith(SEED)]]
+    across = tidy[tidy["source"] != tidy["target"]].pivot(index=["source", "target"], columns="method", values=scores)
+    across = across.reindex(columns=pd.MultiIndex.from_product([scores, methods]))
+    whole = across.dropna(subset=[("mean", method) for method in methods])
+    means = whole.mean(skipna=False).unstack()
+    spread = means.drop("mean").std()
+    return len(whole), dict(zip(methods, zip(means.loc["mean", methods], spread[methods], strict=True), strict=True))
 
 
 def cells_of(tidy: pd.DataFrame) -> dict[tuple[str, str, str], tuple[float, float]]:
@@ -209,7 +218,8 @@ def render_matrix(tidy: pd.DataFrame) -> Table:
     Returns
     -------
     rich.table.Table
-        Percent; the last row is the mean over the pairs of different sources that every method was scored on.
+        Percent; the last row is the mean over the pairs of different sources that every method was scored on, ± the
+        standard deviation of that mean over the seeds that have all of them.
     """
     header, rows, means = grid(tidy)
     title = title_of(tidy)
@@ -242,9 +252,8 @@ def grid(tidy: pd.DataFrame) -> tuple[list[str], list[list[str]], list[list[str]
     cells = {cell: cell_text(*values) for cell, values in cells_of(tidy).items()}
     pairs = list(dict.fromkeys(zip(tidy["source"], tidy["target"], strict=True)))
     rows = [[f"{s} → {t}", *[cells.get((s, t, method), "–") for method in methods]] for s, t in pairs]
-    whole = _pairs_of_all(tidy)
-    name = f"mean of {len(whole)} source ≠ target"
-    means = [[name, *[f"{100 * whole[method].mean():.1f}" for method in methods]]] if len(whole) > 1 else []
+    n_pairs, mean = _over_pairs(tidy)
+    means = [[f"mean of {n_pairs} source ≠ target", *[cell_text(*mean[method]) for method in methods]]] if n_pairs > 1 else []
     return ["source → target", *methods], rows, means
 
 

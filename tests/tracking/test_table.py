@@ -14,6 +14,7 @@ from coda_ray.tracking.table import (
     markdown_matrix,
     matrices,
     matrix_table,
+    mean_scores,
     render_matrix,
     shown,
 )
@@ -169,7 +170,27 @@ def test_the_tables_say_what_they_show(results):
     assert "A → B" in text
     markdown = markdown_matrix(tidy)
     assert "| A → A | 10.2 ± 0.4 | – |" in markdown
-    assert "| mean of 2 source ≠ target | 10.2 | 25.2 |" in markdown
+    assert "| mean of 2 source ≠ target | 10.2 ± 0.4 | 25.2 ± 0.4 |" in markdown
+
+
+def test_the_mean_over_pairs_varies_as_that_of_each_seed_does(make_transfer):
+    """Not as its cells: what goes up in one and down in the other leaves the mean where it is."""
+    scores = {"B": [0.30, 0.40, 0.50], "C": [0.70, 0.60, 0.53]}
+    rows = [
+        make_transfer("A", target, "coda", seed, accuracy=score)
+        for target, of_seeds in scores.items()
+        for seed, score in enumerate(of_seeds)
+    ]
+    rows += [make_transfer("A", target, "dual-cb", seed, accuracy=0.1 * seed) for target in "BC" for seed in (0, 1)]
+    rows += [make_transfer("A", "B", "dual-cb", 2, accuracy=0.2), make_transfer("A", "D", "dual-cb", 0)]
+    tidy = matrix_table(transfers_frame(rows), "accuracy", "source")
+    assert row(tidy, "A", "B", "coda") | {"seed_0": 0.30, "seed_1": 0.40, "seed_2": 0.50} == row(tidy, "A", "B", "coda")
+    assert np.isnan(row(tidy, "A", "C", "dual-cb")["seed_2"])
+    coda = cell_text(np.mean([0.5, 0.5, 0.515]), np.std([0.5, 0.5, 0.515], ddof=1))
+    # The third seed of dual-cb lacks a pair: it counts in the cell, but says nothing of the spread.
+    dual = cell_text(np.mean([0.1, 0.05]), np.std([0.0, 0.1], ddof=1))
+    assert f"| mean of 2 source ≠ target | {dual} | {coda} |" in markdown_matrix(tidy)
+    assert mean_scores(tidy)["mean_accuracy/coda"] == pytest.approx(0.505)
 
 
 def test_cells_and_order():

@@ -32,7 +32,7 @@ def config_at(config: Config, point: Mapping[str, Any]) -> Config:
     Raises
     ------
     ConfigError
-        When there is no such field, not the adaptation alone reads it, or it takes no such value.
+        When there is no such field, not the adaptation alone reads it, it takes no such value, or it says what is scored.
     """
     values = config.model_dump(mode="json")
     for name, value in point.items():
@@ -41,6 +41,10 @@ def config_at(config: Config, point: Mapping[str, Any]) -> Config:
             raise ConfigError(
                 f"tune.space.{name}: searched are method, granularity and fields of adapt and tent, which the adaptation alone "
                 "reads, such as adapt.lr or adapt.dino.ema_start; compare other settings by jobs/matrix.py"
+            )
+        if name == "adapt.unit":
+            raise ConfigError(
+                "tune.space.adapt.unit: trials on different units would be scored on different tiles; set adapt.unit itself"
             )
         section: Any = values
         for step in path:

@@ -16,7 +16,7 @@ from ray.tune.schedulers import ASHAScheduler
 from coda_ray.analysis.selection import ACROSS_BATCHES, CRITERIA
 from coda_ray.cluster import quieten
 from coda_ray.config import Config, ConfigError, dump_config
-from coda_ray.pipeline.matrix import StagesFailedError, run_stages
+from coda_ray.pipeline.matrix import raise_failures, run_stages
 from coda_ray.pipeline.record import job_record, write_job
 from coda_ray.pipeline.searcher import OptunaSearcher
 from coda_ray.pipeline.space import OWN, POINT, Point, config_at, corners, lengths, own_points, points_of
@@ -202,10 +202,7 @@ def _make_upstream(config: Config, results: Folder, upstream: Sequence[Stage], s
     if not missing:
         return
     say("before the trials:")
-    failures = run_stages(config, upstream, say)
-    if failures:
-        told = "\n".join(f"  {title}: {reason}" for title, reason in failures.items())
-        raise StagesFailedError(f"no trial was started, because stages that they stand on failed:\n{told}")
+    raise_failures(run_stages(config, upstream, say))
 
 
 def _check_objective(config: Config, cells: Sequence[Cell]) -> None:

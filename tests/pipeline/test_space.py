@@ -70,6 +70,7 @@ def test_a_point_changes_what_it_names(tmp_path):
         ({"tune.objective": "kbet"}, r"tune\.space\.tune\.objective: searched are"),
         ({"adapt.lr.x": 1}, r"tune\.space\.adapt\.lr\.x: there is no such field"),
         ({"adapt.lr": -1.0}, r"tune\.space: adapt\.lr: .*greater than 0 \(of \{'adapt\.lr': -1\.0\}\)"),
+        ({"adapt.unit": "random"}, r"tune\.space\.adapt\.unit: trials on different units"),
         ({"granularity": "well"}, r"tune\.space: tune\.granularity: .*'source', 'batch' or 'plate'"),
     ],
 )

@@ -2,9 +2,6 @@
 
 import json
 import re
-import runpy
-import shlex
-import sys
 from pathlib import Path
 
 import jsonschema
@@ -390,38 +387,7 @@ def test_mlflow_has_the_options_of_the_server(files):
     assert f"postgresql+{address}://" in files["deploy/mlflow/README.md"]
 
 
-# Commands.
-
-
-def commands(files):
-    """Arguments of every `python jobs/…` that is shown, and whether it is submitted to a cluster."""
-    for path in ("docs/cluster.md", "deploy/mlflow/README.md"):
-        for block in re.findall(r"```bash\n(.*?)```", files[path], re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if "python" in words:
-                    yield words[words.index("python") + 1 :], "submit" in words
-    entrypoint = yaml.safe_load(files["deploy/kuberay/rayjob.yaml"])["spec"]["entrypoint"]
-    yield shlex.split(entrypoint.replace("/opt/coda_ray/", ""))[1:], True
-
-
-def test_commands_name_jobs_and_options_that_exist(files, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    shown = list(commands(files))
-    assert {job for (job, *_), _ in shown} >= {f"jobs/{name}.py" for name in ("ingest", "adapt", "matrix", "sync_mlflow")}
-    for (job, *options), submitted in shown:
-        assert (ROOT / job).exists()
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", [job, *options, "--print-config"])
-            if submitted:
-                patch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-            with pytest.raises(SystemExit) as left:
-                runpy.run_path(job, run_name="__main__")
-        assert not left.value.code, (job, options, capsys.readouterr().err)
-        # Every node must reach these.
-        config = yaml.safe_load(capsys.readouterr().out)
-        assert not submitted or config["metadata"]["address"].startswith("s3://")
-        assert not submitted or config["tiles"]["address"].startswith("s3://")
+# Commands; those of our own jobs are checked in test_docs.py.
 
 
 def test_ray_has_the_commands_that_are_shown(files):

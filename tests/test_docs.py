@@ -4,21 +4,29 @@ import re
 import runpy
 import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "deploy").rglob("*.md"))]
+OTHERS = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *sorted((ROOT / "configs").glob("*.yaml"))]
 RAYJOB = ROOT / "deploy/kuberay/rayjob.yaml"
+# What a reader is told to copy and to change.
+COPIES = {"MY.yaml": "configs/notebooks.yaml"}
 # A word that a reader replaces: such a line is no command yet.
 OPEN = re.compile(r"…|[A-Z]{3,}(\.yaml)?$|SWEEP")
 
 
 def typed(document):
-    """Lines to be typed: of bash blocks, between backticks, and at the head of a configuration."""
+    """Lines to be typed: of bash blocks, between backticks, in cells of text, and at the head of a configuration."""
     text = document.read_text()
+    if document.suffix == ".ipynb":
+        cells = nbformat.reads(text, as_version=4).cells
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     if document.suffix == ".yaml":
         return re.findall(r"^#   (.+)$", text, re.MULTILINE)
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -29,10 +37,10 @@ def typed(document):
 
 def commands():
     """Every `python jobs/…` that can be typed as it stands: document, arguments, whether it is submitted to a cluster."""
-    for document in [*DOCUMENTS, *sorted((ROOT / "configs").glob("*.yaml"))]:
+    for document in [*DOCUMENTS, *OTHERS]:
         for line in typed(document):
             words = shlex.split(line, comments=True)
-            own = words[words.index("python") + 1 :] if "python" in words else []
+            own = [COPIES.get(word, word) for word in words[words.index("python") + 1 :]] if "python" in words else []
             if own and own[0].startswith("jobs/") and not any(OPEN.search(word) for word in own):
                 yield document.relative_to(ROOT), own, "submit" in words
     entrypoint = yaml.safe_load(RAYJOB.read_text())["spec"]["entrypoint"]
@@ -61,6 +69,17 @@ def test_commands_name_jobs_and_options_that_exist(document, words, submitted, m
         config = yaml.safe_load(capsys.readouterr().out)
         assert config["metadata"]["address"].startswith("s3://")
         assert config["tiles"]["address"].startswith("s3://")
+
+
+def test_what_is_simulated_lies_where_the_next_command_looks():
+    shown = list(commands())
+    pairs = [(one, other) for one, other in pairwise(shown) if one[1][0] == "jobs/simulate.py"]
+    assert pairs
+    for (document, words, _), (_, following, _) in pairs:
+        out = words[words.index("--out") + 1]
+        config = yaml.safe_load((ROOT / following[following.index("--config") + 1]).read_text())
+        assert config["bucket"]["address"] == out, document
+        assert config["metadata"]["address"] == f"{out}/metadata", document
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

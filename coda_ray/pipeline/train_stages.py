@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 
 from coda_ray.analysis.knn import knn_accuracy
-from coda_ray.config import Config, Granularity, Method, Optimisation, steps_of
+from coda_ray.config import Config, Dino, Granularity, Method, Optimisation, steps_of
 from coda_ray.learn.dual import DualModel
 from coda_ray.learn.mae import MaeObjective, MaskedAutoencoder
 from coda_ray.learn.objectives import DinoObjective, SupervisedObjective
@@ -170,9 +170,8 @@ def adapt(
         "tiles": tiles.fingerprints,
     }
     epoch = len(data.known_tiles(config, source, target)) // config.adapt.minibatch
-    if config.adapt.partner_pool == "unit" and isinstance(config.adapt.steps, str):
-        # The tiles of the whole target, which an epoch counts, are in no fingerprint then.
-        inputs["epoch"] = epoch
+    if config.adapt.partner_pool == "unit":
+        inputs |= _epoch_counted(epoch, optimisation, config.dino if objective != "mae" else None)
     build = partial(_self_supervised_work, config, tiles, optimisation, epoch, seed, objective, begun, None)
     make = partial(_make, config, optimisation, epoch, seed, title, build)
     workload = _workload(section_of(objective), tiles.anchored(), optimisation, epoch, pairs=objective == "dino-cb")
@@ -214,6 +213,8 @@ def tent(
         "tiles": tiles.fingerprints["anchors"],
     }
     epoch = len(data.known_tiles(config, source, target)) // config.tent.minibatch
+    if granularity != "source":
+        inputs |= _epoch_counted(epoch, config.tent)
     build = partial(_tent_work, config, tiles, classifier, seed)
     make = partial(_make, config, config.tent, epoch, seed, title, build)
     workload = _workload("tent", tiles.anchored(), config.tent, epoch)
@@ -311,6 +312,14 @@ def _inputs(config: Config, optimisation: Optimisation, seed: int, *sections: st
     # `minibatch` holds what counts, and the unit stands for itself.
     rates = settings_of(optimisation, exclude={"minibatch_unit", "unit", "plates", "dino"})
     return {**chosen, "optimisation": rates, "seed": seed, "precision": config.train.precision}
+
+
+def _epoch_counted(epoch: int, optimisation: Optimisation, dino: Dino | None = None) -> dict[str, int]:
+    """Give the length of an epoch as an input, where a setting counts epochs and no fingerprint holds the tiles that they count."""
+    durations = [optimisation.steps, optimisation.warmup]
+    if dino is not None:
+        durations += [dino.teacher_temperature_ramp, dino.freeze_last_layer]
+    return {"epoch": epoch} if any(isinstance(duration, str) for duration in durations) else {}
 
 
 @lru_cache(maxsize=4)

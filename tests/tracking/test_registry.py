@@ -156,7 +156,11 @@ def server(world, tmp_path):
     command += ["--host", "127.0.0.1", "--port", str(port), "--model-uri", "models:/moa@adapted-t-x_y"]
     environment = os.environ | {"MLFLOW_TRACKING_URI": world.address, "MLFLOW_DISABLE_TELEMETRY": "true"}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment.pop("PYTHONPATH", None)
+    # Not the package of this environment: what an editable installation finds is taken away.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
+    )
+    environment |= {"PYTHONPATH": str(tmp_path)}
     with open(tmp_path / "server.log", "wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
     try:

@@ -71,16 +71,22 @@ def _check_folder(value: str, info: ValidationInfo) -> str:
     return _absolute(value, info)
 
 
+def _check_keyless(value: str) -> str:
+    """Accept a text that holds no user and no password."""
+    scheme, separator, rest = value.partition("://")
+    # A secret key may hold slashes.
+    if separator and scheme != "file" and re.match(r"[^/]*(@|:.*@)", rest):
+        raise _keys_found()
+    return value
+
+
 def _check_address(value: str, info: ValidationInfo) -> str:
     """Accept what `storage.open_place` opens."""
-    scheme, separator, rest = value.partition("://")
+    scheme, separator, rest = _check_keyless(value).partition("://")
     if not separator or scheme == "file":
         return _absolute(rest if separator else value, info)
     if scheme != "s3":
         raise ValueError("only s3://bucket/prefix and folders are known; correct the scheme")
-    # A secret key may hold slashes.
-    if re.match(r"[^/]*(@|:.*@)", rest):
-        raise _keys_found()
     return value
 
 
@@ -103,8 +109,10 @@ def _keys_found() -> PydanticCustomError:
 
 
 Address = Annotated[str, Field(min_length=1), AfterValidator(_check_address)]
+Keyless = Annotated[str, AfterValidator(_check_keyless)]
 LocalFolder = Annotated[str, Field(min_length=1), AfterValidator(_check_folder)]
 EndpointUrl = Annotated[str, AfterValidator(_check_endpoint)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 REGISTRY = "models:/"
 
 
@@ -173,9 +181,9 @@ class Ingest(Section):
 
     dataset: str = "cpg0016-jump"
     """Folder of the data set inside the bucket."""
-    listed_as: str = "s3://cellpainting-gallery"
+    listed_as: Keyless = "s3://cellpainting-gallery"
     """Prefix that image lists write for the bucket; it is replaced by bucket.address, so that mirrors work."""
-    image_list: str | None = None
+    image_list: Keyless | None = None
     """One image list of your own (.csv, .csv.gz or .parquet) instead of the data set's lists."""
     sources: list[str] = []
     """Sources to ingest, such as source_3; empty means every source with a listed plate."""
@@ -255,6 +263,14 @@ class Model(Section):
             raise ValueError(f"model.width = {self.width} is no multiple of model.heads = {self.heads}")
         return self
 
+    @model_validator(mode="after")
+    def _known_weights(self) -> Self:
+        if self.init not in ("imagenet", "random", "fan-in") and not self.init.endswith(".safetensors"):
+            raise ValueError(f"model.init = {self.init!r}: give imagenet, random, fan-in or a local .safetensors file")
+        if self.arch == "vit" and self.init == "imagenet":
+            raise ValueError("model.arch = vit has no imagenet weights, for its sizes are its own: give model.init fan-in")
+        return self
+
 
 class Views(Section):
     """Views cut from tiles, in the order of the released CODA configuration, or DINO's own."""
@@ -279,7 +295,8 @@ class Views(Section):
     @model_validator(mode="after")
     def _nested(self) -> Self:
         if not self.size_local <= self.size_global <= self.tile_crop:
-            raise ValueError("views: sizes must rise: size_local <= size_global <= tile_crop")
+            sizes = f"{self.size_local}, {self.size_global}, {self.tile_crop}"
+            raise ValueError(f"views: size_local <= size_global <= tile_crop is wanted, and they are {sizes}")
         return self
 
 
@@ -369,7 +386,7 @@ class Optimisation(Section):
     """Weight decay at step 0; none on biases and 1-D tensors."""
     weight_decay_end: float = Field(1e-4, ge=0)
     """Weight decay at the last step (cosine)."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's betas."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon."""

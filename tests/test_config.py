@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -69,17 +70,35 @@ def test_an_unknown_field_gets_its_nearest_name(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("endpoint-url", "http://user:pass@host:9000"),
-        ("endpoint-url", "http://user:pa/ss@host"),
-        ("address", "s3://user:pass@bucket/x"),
-        ("address", "s3://user:pa/ss@bucket/x"),
+        ("tiles.endpoint-url", "http://user:pass@host:9000"),
+        ("tiles.endpoint-url", "http://user:pa/ss@host"),
+        ("tiles.address", "s3://user:pass@bucket/x"),
+        ("tiles.address", "s3://user:pa/ss@bucket/x"),
+        ("tiles.address", "https://user:pass@host/x"),
+        ("tiles.address", "S3://user:pass@bucket/x"),
+        ("ingest.image-list", "s3://user:pass@bucket/list.csv"),
+        ("ingest.listed-as", "s3://user:pa/ss@bucket"),
     ],
 )
 def test_keys_in_an_address_are_refused_and_not_repeated(name, value):
-    with pytest.raises(ConfigError, match=rf"tiles\.{name.replace('-', '_')}: .*keys come from the environment") as refusal:
-        build_config(Config, None, [f"--tiles.{name}", value])
+    with pytest.raises(ConfigError, match=rf"{re.escape(name.replace('-', '_'))}: .*keys come from the environment") as refusal:
+        build_config(Config, None, [f"--{name}", value])
     assert "user:" not in str(refusal.value)
     assert "ss@" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--model.init", "imagnet"], r"model\.init = 'imagnet': give imagenet, random, fan-in or a local \.safetensors file"),
+        (["--model.arch", "vit"], r"model\.arch = vit has no imagenet weights.*give model\.init fan-in"),
+        (["--adapt.betas", "[0.9, 1.0]"], r"adapt\.betas.* = 1\.0: .*less than 1"),
+        (["--views.size-global", "600"], r"size_local <= size_global <= tile_crop is wanted, and they are 96, 600, 448"),
+    ],
+)
+def test_what_a_worker_would_refuse_is_told_before(options, told):
+    with pytest.raises(ConfigError, match=told):
+        build_config(Config, None, options)
 
 
 def test_relative_folders_become_absolute_once(tmp_path, monkeypatch):

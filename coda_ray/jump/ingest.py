@@ -58,15 +58,6 @@ class Progress:
     quarantined: int = 0
     bytes_read: int = 0
     started: float = field(default_factory=time.monotonic)
-    seconds: float = 0.0
-
-    def line(self) -> str:
-        """One line for people."""
-        took = max(self.seconds, 1e-9)
-        return (
-            f"{self.sites_done}/{self.sites_total} sites, {self.plates_done}/{self.plates_total} plates, "
-            f"{self.quarantined} quarantined, {self.sites_done / took:.1f} sites/s, {self.bytes_read / 1e6 / took:.1f} MB/s"
-        )
 
 
 @dataclass(frozen=True)
@@ -443,7 +434,6 @@ class _Run:
             self.reasons[row["reason"]] += 1
             self.examples.setdefault(row["reason"], row["address"] or "/".join(row[name] for name in METADATA))
             self.progress.quarantined += 1
-        self.progress.seconds = time.monotonic() - self.progress.started
         numbers = block["plate_number"].to_numpy()
         for number in np.unique(numbers):
             plate = self.plates[number]

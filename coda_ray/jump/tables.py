@@ -92,10 +92,19 @@ def read_tables(folder: Folder) -> Tables:
         _mapping(compounds, INCHIKEY),
         _mapping(controls, "Metadata_pert_type"),
         dmso[0] if dmso else None,
-        {source: float(size) for source, size in scopes.dropna().itertuples(index=False)},
+        _pixel_sizes(scopes, folder.address("microscope_config.csv")),
         _read_layout(folder, notes),
         tuple(notes),
     )
+
+
+def _pixel_sizes(scopes: pd.DataFrame, address: str) -> dict[str, float]:
+    """Read the size of a pixel (µm) of each source that has one."""
+    named = scopes.dropna()
+    sizes = pd.to_numeric(named["Metadata_Pixel_Size_Microns"], errors="coerce")
+    for source, told in named[~(sizes > 0)].itertuples(index=False):
+        raise ValueError(f"{address}: {source}: Metadata_Pixel_Size_Microns = {told!r} is no size of a pixel; correct it (µm)")
+    return dict(zip(named[METADATA[0]], sizes.astype(float), strict=True))
 
 
 def choose_plates(

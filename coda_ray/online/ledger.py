@@ -192,14 +192,6 @@ class Ledger:
         with ThreadPoolExecutor(READS_AT_A_TIME) as pool:
             self.entries += pool.map(self._read, range(len(self.entries), newest + 1))
 
-    def of(self, plate: PlateName) -> list[Entry]:
-        """Entries about a plate, in order."""
-        return [entry for entry in self.entries if entry.plate == plate]
-
-    def last(self, plate: PlateName) -> Entry | None:
-        """The newest entry about a plate; None where there is none."""
-        return next((entry for entry in reversed(self.entries) if entry.plate == plate), None)
-
     def _names(self) -> list[str]:
         """Names of the files of the folder, without hidden ones, which file managers and NFS leave."""
         return [file.path for file in self.folder.files() if "/" not in file.path and not file.path.startswith(".")]

@@ -38,7 +38,6 @@ SEED = 2**40
 class CriteriaRun:
     """What a worker needs to know; picklable, without weights or features."""
 
-    title: str
     folder: Folder
     config: Config
     index: TileIndex
@@ -82,7 +81,7 @@ def criteria(config: Config, index: TileIndex, evaluation: Stage, trained: Seque
         inputs["partners"] = "of all tiles"
     title = f"criteria of {evaluation.title}"
     needs = (profiles, evaluation, unadapted, *learnt)
-    make = partial(_make, config, title, tiles, evaluation, unadapted, profiles, learnt)
+    make = partial(_make, config, tiles, evaluation, unadapted, profiles, learnt)
     return Stage("criteria", title, inputs, make, needs, runs_on="worker")
 
 
@@ -98,7 +97,6 @@ def _learnt(evaluation: Stage, trained: Sequence[Stage]) -> tuple[Stage, ...]:
 
 def _make(
     config: Config,
-    title: str,
     index: TileIndex,
     evaluation: Stage,
     unadapted: Stage,
@@ -108,11 +106,11 @@ def _make(
     report: Report | None,
 ) -> Made:
     """Describe the stage to the worker loop; it has no curve to report."""
-    return criteria_loop, CriteriaRun(title, folder, config, index, evaluation, unadapted, profiles, learnt)
+    return criteria_loop, CriteriaRun(folder, config, index, evaluation, unadapted, profiles, learnt)
 
 
 def criteria_loop(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Compute the loss on every worker, and the rest on the first alone.
+    """Compute the loss and the rest, in one process.
 
     Parameters
     ----------
@@ -127,7 +125,6 @@ def criteria_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     run: CriteriaRun = config["run"]
     begun = time.monotonic()
     torch.set_num_threads(run.config.train.threads)
-    # Sinkhorn-Knopp sums over all workers, so none may be missing; copies of the same samples leave its result as it is.
     loss = _held_out_losses(run) if run.learnt else None
     found, reasons = _measure(run, loss)
     facts = {

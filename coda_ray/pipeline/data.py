@@ -364,7 +364,8 @@ def _adaptation_tiles(
     whole = index.without_labels()
     inside = (whole.frame[UNIT_COLUMNS[granularity]] == unit).to_numpy()
     if not inside.any():
-        raise DataError(f"{target} has no {granularity} {unit!r}; it has {', '.join(whole.units(granularity))}")
+        known = ", ".join(whole.units(granularity))
+        raise DataError(f"{target}: no {granularity} {unit!r} is known, but {known}; see adapt.plates and adapt.unit")
     if partner_pool == "unit":
         return unlabelled(whole.where(inside))
     return UnlabelledTiles(whole, np.flatnonzero(inside).astype(np.int64))

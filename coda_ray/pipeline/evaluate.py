@@ -189,7 +189,7 @@ def evaluate_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     Returns
     -------
     dict
-        Facts: tiles, unreadable tiles, seconds, classes.
+        Facts: tiles, unreadable tiles, seconds, workers.
     """
     run: EvaluationRun = config["run"]
     begun = time.monotonic()
@@ -219,7 +219,7 @@ def evaluate_loop(config: Mapping[str, Any]) -> dict[str, Any]:
         barrier()
     if rank:
         return {}
-    return _join(run, begun)
+    return _join(run, begun, world)
 
 
 def _part(run: EvaluationRun, rank: int, world: int, step: int) -> str:
@@ -293,7 +293,7 @@ def _test_time_training(run: EvaluationRun, model: SupervisedModel | DualModel, 
     )
 
 
-def _join(run: EvaluationRun, begun: float) -> dict[str, Any]:
+def _join(run: EvaluationRun, begun: float, workers: int) -> dict[str, Any]:
     """Write predictions and embeddings in the order of the tiles, and `done.json` last."""
     parts = [read_parquet(run.folder, f"parts/{name}") for name in _part_names(run)]
     rows = np.concatenate([part["row"].to_numpy() for part in parts])
@@ -305,7 +305,12 @@ def _join(run: EvaluationRun, begun: float) -> dict[str, Any]:
     metadata = run.index.frame.iloc[rows].filter(like="Metadata_")
     probabilities, embedding = values[:, : len(classes)], values[:, len(classes) :]
     write_predictions(run.folder, metadata, classes, probabilities, embedding)
-    facts = {"tiles": len(rows), "unreadable": len(run.index) - len(rows), "seconds": round(time.monotonic() - begun, 3)}
+    facts = {
+        "tiles": len(rows),
+        "unreadable": len(run.index) - len(rows),
+        "seconds": round(time.monotonic() - begun, 3),
+        "workers": workers,
+    }
     if facts["unreadable"]:
         print(
             f"{run.title}: {facts['unreadable']} of {len(run.index)} tiles could not be read and have no prediction", flush=True

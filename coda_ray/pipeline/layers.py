@@ -40,7 +40,6 @@ READINGS: Mapping[str, Callable[[Tensor], Tensor]] = {
 class LayersRun:
     """What a comparison needs to know; picklable, without weights."""
 
-    title: str
     folder: Folder
     config: Config
     index: TileIndex
@@ -64,9 +63,7 @@ def compare_layers(config: Config, index: TileIndex, first: Stage, second: Stage
     if config.dino.extractor != "teacher":
         inputs["extractor"] = config.dino.extractor
     title = f"layers of {first.title} beside {second.title}"
-    return Stage(
-        "layers", title, inputs, partial(_make, config, title, tiles, (first, second)), (first, second), runs_on="worker"
-    )
+    return Stage("layers", title, inputs, partial(_make, config, tiles, (first, second)), (first, second), runs_on="worker")
 
 
 def layers_of(config: Config, stage: Stage) -> dict[str, NDArray[np.float64]]:
@@ -84,11 +81,9 @@ def layers_of(config: Config, stage: Stage) -> dict[str, NDArray[np.float64]]:
     }
 
 
-def _make(
-    config: Config, title: str, index: TileIndex, extractors: tuple[Stage, Stage], folder: Folder, report: Report | None
-) -> Made:
+def _make(config: Config, index: TileIndex, extractors: tuple[Stage, Stage], folder: Folder, report: Report | None) -> Made:
     """Describe the stage to the worker loop; it has no curve to report."""
-    return layers_loop, LayersRun(title, folder, config, index, extractors)
+    return layers_loop, LayersRun(folder, config, index, extractors)
 
 
 def layers_loop(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,6 @@ SEED = 0
 class MapRun:
     """What a map needs to know; picklable, without features."""
 
-    title: str
     folder: Folder
     config: Config
     index: TileIndex
@@ -52,7 +51,7 @@ def map_features(config: Config, index: TileIndex, before: Stage, after: Stage) 
     tiles = data.drawn(index, config.report.map_tiles)
     title = f"map of {before.title} beside {after.title}"
     inputs = {"tiles": tiles.fingerprint, "seed": SEED}
-    return Stage("map", title, inputs, partial(_make, config, title, tiles, (before, after)), (before, after), runs_on="cpu")
+    return Stage("map", title, inputs, partial(_make, config, tiles, (before, after)), (before, after), runs_on="cpu")
 
 
 def map_of(config: Config, stage: Stage) -> pd.DataFrame:
@@ -60,11 +59,9 @@ def map_of(config: Config, stage: Stage) -> pd.DataFrame:
     return cast(pd.DataFrame, read_parquet(open_place(config.results), f"{stage.path}/map.parquet").to_pandas())
 
 
-def _make(
-    config: Config, title: str, index: TileIndex, evaluations: tuple[Stage, Stage], folder: Folder, report: Report | None
-) -> Made:
+def _make(config: Config, index: TileIndex, evaluations: tuple[Stage, Stage], folder: Folder, report: Report | None) -> Made:
     """Describe the stage to the worker loop; it has no curve to report."""
-    return map_loop, MapRun(title, folder, config, index, evaluations)
+    return map_loop, MapRun(folder, config, index, evaluations)
 
 
 def map_loop(config: Mapping[str, Any]) -> dict[str, Any]:

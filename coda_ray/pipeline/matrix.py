@@ -95,7 +95,7 @@ def job_key(kind: str, requests: Sequence[Request], stages: Sequence[Stage]) -> 
 
 
 def run_stages(config: Config, stages: Sequence[Stage], say: Say, tracker: Tracker | None = None) -> dict[str, str]:
-    """Run what is missing of some stages that no transfer is scored by; what they need is finished.
+    """Run what is missing of some stages that no transfer is scored by; what they need is finished or among them.
 
     Parameters
     ----------

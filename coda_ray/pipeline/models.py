@@ -168,7 +168,9 @@ def choose(models: Sequence[StoredModel], results: Folder, **wanted: Any) -> Sto
         for model in sorted(found or models, key=lambda model: model.origin.text)
     )
     if found:
-        raise ConfigError(f"{told}: {len(found)} models are such; say more, or give --stage (and --classifier) one of\n{listed}")
+        raise ConfigError(
+            f"{told}: {len(found)} models are such; say more, or give jobs/export.py --stage and --classifier of one of\n{listed}"
+        )
     missing = f"; there are\n{listed}" if models else "; there is none yet: run jobs/adapt.py or jobs/matrix.py first"
     raise ConfigError(f"{told}: no finished model in {results.address()} is such{missing}")
 

@@ -34,7 +34,6 @@ SUMS = "sums.safetensors"
 class MomentsRun:
     """What a worker needs to know; picklable, without weights."""
 
-    title: str
     folder: Folder
     config: Config
     index: TileIndex
@@ -57,7 +56,7 @@ def moments(config: Config, index: TileIndex, what: str, classifier: Stage) -> S
     """
     tiles = index.without_labels()
     title = f"moments of {classifier.title} on {what}"
-    make = partial(_make, config, title, tiles, classifier)
+    make = partial(_make, config, tiles, classifier)
     return Stage("moments", title, pass_inputs(config, tiles), make, (classifier,), pass_workload(config, tiles))
 
 
@@ -97,9 +96,9 @@ def _read(config: Config, stage: Stage) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, (stage.facts(open_place(config.results)) or {})["plates"]
 
 
-def _make(config: Config, title: str, index: TileIndex, classifier: Stage, folder: Folder, report: Report | None) -> Made:
+def _make(config: Config, index: TileIndex, classifier: Stage, folder: Folder, report: Report | None) -> Made:
     """Describe the stage to the worker loop; it has no curve to report."""
-    return moments_loop, MomentsRun(title, folder, config, index, classifier)
+    return moments_loop, MomentsRun(folder, config, index, classifier)
 
 
 def moments_loop(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,6 @@ Scores = dict[str, float | None]
 class ProfileRun:
     """What a profile worker needs; picklable, without features."""
 
-    title: str
     folder: Folder
     config: Config
     index: TileIndex
@@ -58,13 +57,13 @@ def profile(config: Config, index: TileIndex, evaluation: Stage) -> Stage:
         The stage that has the embeddings.
     """
     title = f"profiles of {evaluation.title}{'' if LABEL in index.frame else ', without labels'}"
-    make = partial(_make, config, title, index, evaluation)
+    make = partial(_make, config, index, evaluation)
     return Stage("profile", title, {"tiles": index.fingerprint}, make, (evaluation,), runs_on="cpu")
 
 
-def _make(config: Config, title: str, index: TileIndex, evaluation: Stage, folder: Folder, report: Report | None) -> Made:
+def _make(config: Config, index: TileIndex, evaluation: Stage, folder: Folder, report: Report | None) -> Made:
     """Describe the stage to the worker loop; it has no curve to report."""
-    return profile_loop, ProfileRun(title, folder, config, index, evaluation)
+    return profile_loop, ProfileRun(folder, config, index, evaluation)
 
 
 def profile_loop(config: Mapping[str, Any]) -> dict[str, Any]:

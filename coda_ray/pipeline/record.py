@@ -34,7 +34,7 @@ def job_record(
     config
         Settings.
     key, kind, name
-        What the job is called: `adapt`, `matrix` or `tune`, and a title.
+        What the job is called: `adapt`, `matrix`, `tune`, `online` or `watch`, and a title.
     command
         The command line.
     pairs

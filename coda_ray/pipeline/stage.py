@@ -84,7 +84,7 @@ class Stage:
     Parameters
     ----------
     kind
-        `pretrain`, `classify`, `adapt` or `evaluate`.
+        `pretrain`, `classify`, `adapt`, `evaluate`, `moments`, `correct`, `profile`, `criteria`, `combine`, `map` or `layers`.
     title
         For people.
     inputs

@@ -328,6 +328,8 @@ class _Progress(tune.Callback):
         if record["status"] == "running":
             record["status"] = "stopped"
             self.results.write(tried.path, json.dumps(record, indent=1).encode())
+            for cell in tried.cells:
+                cell.give_up(self.results)
         name = score_name(record["objective"])
         self._told(record, f"{record['status']} at step {record['step']}, {name} {_text(record['score'])}")
 

@@ -27,6 +27,7 @@ from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.plan import SamplePlan
 from coda_ray.tiles.reader import TileSource
 from coda_ray.tiles.store import TileIndex
+from coda_ray.tracking.table import OF_SPLIT
 from coda_ray.training.checkpoints import read_tensors
 from coda_ray.training.infer import gather, infer
 from coda_ray.training.loop import Monitor, Report, TrainingRun, Work, train_loop
@@ -69,7 +70,7 @@ def pretrain(config: Config, source: str, *, objective: Pretraining, seed: int) 
         "objective": objective,
         "tiles": tiles.fingerprints,
     }
-    title = f"pretrain {objective} on {source}, seed {seed}"
+    title = f"pretrain {objective} on {source}, {_named(config, seed)}"
     epoch = len(tiles.anchors) // config.pretrain.minibatch
     build = partial(_self_supervised_work, config, tiles, config.pretrain, epoch, seed, objective, None, source)
     make = partial(_make, config, config.pretrain, epoch, seed, title, build)
@@ -102,7 +103,8 @@ def classify(config: Config, source: str, *, seed: int, extractor: Stage | None)
     }
     if extractor and config.dino.extractor != "teacher":
         inputs["extractor"] = config.dino.extractor
-    title = f"classify {MODEL_ON[extractor.inputs['objective']] if extractor else 'supervised'} on {source}, seed {seed}"
+    model = MODEL_ON[extractor.inputs["objective"]] if extractor else "supervised"
+    title = f"classify {model} on {source}, {_named(config, seed)}"
     epoch = len(index) // config.classify.minibatch
     build = partial(_classify_work, config, source, index.fingerprint, classes, seed, extractor)
     make = partial(_make, config, config.classify, epoch, seed, title, build)
@@ -157,7 +159,7 @@ def adapt(
     source = pretrained.inputs["source"]
     tiles = data.adaptation_tiles(config, source, target, granularity, unit)
     after = f", after {start.inputs['granularity']} {start.inputs['unit']}" if start else ""
-    title = f"adapt {CONTINUED_BY[objective]} {source} to {target} {granularity} {unit}{after}, seed {seed}"
+    title = f"adapt {CONTINUED_BY[objective]} {source} to {target} {granularity} {unit}{after}, {_named(config, seed)}"
     note = tiles.check_partners(config, title, adapting=True) if objective == "dino-cb" else None
     optimisation = config.adapt
     if granularity != "source" and optimisation.minibatch_unit:
@@ -203,7 +205,7 @@ def tent(
     """Plan entropy minimisation on one unit of a target (Wang et al., ICLR 2021): norms of the whole model, no label."""
     source = classifier.inputs["source"]
     tiles = data.adaptation_tiles(config, source, target, granularity, unit)
-    title = f"adapt tent {source} to {target} {granularity} {unit}, seed {seed}"
+    title = f"adapt tent {source} to {target} {granularity} {unit}, {_named(config, seed)}"
     inputs = {
         **_inputs(config, config.tent, seed),
         "objective": "tent",
@@ -302,6 +304,11 @@ def section_of(objective: Pretraining) -> Literal["dino", "mae"]:
     return "mae" if objective == "mae" else "dino"
 
 
+def _named(config: Config, seed: int) -> str:
+    """End the title of a training stage: what else tells it from its likes."""
+    return f"seed {seed}{OF_SPLIT[config.split]}"
+
+
 def _inputs(config: Config, optimisation: Optimisation, seed: int, *sections: str) -> dict[str, Any]:
     """Collect the settings that decide the result of a training stage."""
     names = ("model", "views", *sections)
@@ -315,7 +322,7 @@ def _inputs(config: Config, optimisation: Optimisation, seed: int, *sections: st
 
 
 def _epoch_counted(epoch: int, optimisation: Optimisation, dino: Dino | None = None) -> dict[str, int]:
-    """Give the length of an epoch as an input, where a setting counts epochs and no fingerprint holds the tiles that they count."""
+    """Make the length of an epoch an input, where a setting counts epochs and no fingerprint holds what they count."""
     durations = [optimisation.steps, optimisation.warmup]
     if dino is not None:
         durations += [dino.teacher_temperature_ramp, dino.freeze_last_layer]

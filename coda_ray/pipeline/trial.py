@@ -105,6 +105,12 @@ class Cell:
         """Whether the whole adaptation is there, of this sweep or of another job."""
         return all(self._trained(unit, None).facts(results) for unit in self._units)
 
+    def give_up(self, results: Folder) -> None:
+        """Delete the checkpoints of adaptations that are not finished and will not be."""
+        for unit in self._units:
+            if (whole := self._trained(unit, None)).facts(results) is None:
+                results.delete(f"{whole.path}/checkpoints")
+
     def measure(self, until: int | None) -> dict[str, Any]:
         """Run what is missing, and read the criteria and, apart from them, the oracles."""
         evaluation, last = self.after(until)

@@ -150,5 +150,5 @@ def one_line(error: BaseException) -> str:
 
 
 def without_password(text: str) -> str:
-    """Take user and password out of the addresses in a text."""
-    return re.sub(r"//[^/@\s]*@", "//", text)
+    """Take user and password out of the addresses in a text; a password may hold any sign, so what looks like one goes."""
+    return re.sub(r"//(?:[^/@\s]*:\S*|[^/@\s]*)@", "//", text)

@@ -34,7 +34,7 @@ def read_records(results: Folder, folder: str) -> list[dict[str, Any]]:
     results
         The results folder.
     folder
-        `transfers` or `jobs`.
+        `transfers`, `jobs`, or one below `sweeps` or `online`.
 
     Returns
     -------

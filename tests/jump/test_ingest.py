@@ -14,6 +14,7 @@ from coda_ray.jump import prepare
 from coda_ray.jump.ingest import _SITE_SCHEMA, IngestError, IngestSummary, _Plate, _Run, run_ingest
 from coda_ray.jump.layout import PlateName
 from coda_ray.jump.simulate.serve import serve_folder
+from coda_ray.jump.tables import read_tables
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import TileStore, read_tiles
 from conftest import KEY, write_tiny
@@ -231,6 +232,10 @@ def test_one_physical_pixel_size_for_all(tiny_bucket, tmp_path):
     lacking = config_of(tiny_bucket.folder, tmp_path / "t2", Place(address=str(tmp_path / "metadata")), pixel_size_um=1.5)
     with pytest.raises(IngestError, match=r"pixel_size_um = 1.5.*'sim_a'"):
         ingest(lacking)
+    table = "Metadata_Source,Metadata_Pixel_Size_Microns\nsim_a,0,5\n".replace("0,5", '"0,5"')
+    (tmp_path / "metadata" / "microscope_config.csv").write_text(table)
+    with pytest.raises(ValueError, match=r"microscope_config\.csv: sim_a: Metadata_Pixel_Size_Microns = '0,5' is no size"):
+        read_tables(open_place(lacking.metadata))
 
 
 def test_plates_without_a_list_are_noted(tiny_bucket, tmp_path):

@@ -34,10 +34,7 @@ def test_entries_are_kept_in_order(folder):
     assert ledger.entries[0].facts == IDENTITY
     assert ledger.entries[0].state == "begun"
     assert taken == Entry(1, PLATE, "taken", {"sites": 12, "missing": [1, 2]}, taken.at, "anna")
-    assert ledger.of(PLATE) == [taken, done]
-    assert ledger.last(PLATE) == done
-    assert ledger.of(PlateName("sim_b", "run 1", "1")) == []
-    assert ledger.last(PlateName("sim_b", "run 1", "1")) is None
+    assert [entry for entry in ledger.entries if entry.plate == PLATE] == [taken, done]
     assert begin(folder, "bert").entries == ledger.entries
     assert [file.path for file in folder.files()] == [f"00000{n}.json" for n in range(5)]
 
@@ -61,7 +58,7 @@ def test_who_comes_late_is_told_and_writes_nothing(folder):
     assert folder.read("000001.json") == before
     assert len(other.entries) == 1
     other.refresh()
-    assert other.last(PLATE) == first
+    assert other.entries[-1] == first
 
 
 def test_a_claim_takes_the_number_that_another_counts_on(folder, monkeypatch):

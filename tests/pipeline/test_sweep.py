@@ -159,6 +159,15 @@ def test_bad_trials_end_early(culled):
     assert stopped.index[0] > outcome.table.index[outcome.table["status"] == "finished"].max()
 
 
+def test_what_was_stopped_keeps_no_checkpoints(culled):
+    config, outcome, _ = culled
+    rates = set(outcome.table["adapt.lr"][outcome.table["status"] == "stopped"])
+    stages = [file.parent for file in Path(config.results.address).glob("adapt/*/stage.json")]
+    of_stopped = [s for s in stages if json.loads((s / "stage.json").read_text())["inputs"]["optimisation"]["lr"] in rates]
+    assert len(of_stopped) == len(rates)
+    assert not [path for stage in of_stopped for path in stage.iterdir() if path.name != "stage.json"]
+
+
 def test_the_same_command_again_runs_what_failed_alone(culled):
     config, outcome, _ = culled
     again, said = swept(config)

@@ -17,7 +17,7 @@ from coda_ray.pipeline.dry_run import survey
 from coda_ray.pipeline.evaluate import evaluate, predictions_of
 from coda_ray.pipeline.matrix import StagesFailedError, requests_of, run_transfers
 from coda_ray.pipeline.train_stages import adapt, pretrain, stage_tensors
-from coda_ray.pipeline.transfer import Request, plan, stages_of
+from coda_ray.pipeline.transfer import Request, plan, stages_of, with_needs
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import LABEL, TileStore, table_bytes
 from synthetic import small_config, write_tiles
@@ -221,9 +221,44 @@ def test_partners_come_from_the_whole_target_or_the_unit(tmp_path):
         plan(inside, Request("a", "b", "coda", "batch", 0))
 
 
+@pytest.mark.parametrize(
+    ("method", "counted"),
+    [
+        ("coda", {"adapt": {"steps": "1 epochs"}}),
+        ("coda", {"adapt": {"warmup": "1 epochs"}}),
+        ("coda", {"dino": {"teacher_temperature_ramp": "1 epochs"}}),
+        ("coda", {"dino": {"freeze_last_layer": "1 epochs"}}),
+        ("tent", {"tent": {"steps": "1 epochs"}}),
+        ("tent", {"tent": {"warmup": "1 epochs"}}),
+    ],
+)
+def test_what_counts_epochs_depends_on_the_tiles_that_they_count(tmp_path, method, counted):
+    """Also where the adaptation reads the tiles of one plate alone."""
+    adapting = {"partner_pool": "unit", "no_partner": "same-image"}
+    for sections, alike in ((counted, False), ({}, True)):
+        fields = {**sections, "adapt": {**adapting, **sections.get("adapt", {})}}
+        config = world(tmp_path / f"{alike}", **fields)
+        names = data.load_tiles(config, "b").units("plate")
+        fewer = config.model_copy(update={"adapt": config.adapt.model_copy(update={"plates": names[:2], "unit": names[0]})})
+        all_known = config.model_copy(update={"adapt": config.adapt.model_copy(update={"unit": names[0]})})
+        keys = {plan(c, Request("a", "b", method, "plate", 0))[-1].trained.key for c in (fewer, all_known)}
+        assert (len(keys) == 1) is alike
+
+
+def test_titles_tell_the_splits_apart(tmp_path):
+    config = world(tmp_path)
+    titles = [
+        stage.title
+        for split in ("plate", "compounds")
+        for transfer in plan(config, Request("a", "b", "coda", "source", 0, split))
+        for stage in with_needs([transfer.evaluation])
+    ]
+    assert len({title for title in titles if "compounds held out" in title}) == len(set(titles)) / 2
+
+
 def test_unknown_units_plates_and_sources_are_told(tmp_path):
     config = world(tmp_path)
-    with pytest.raises(DataError, match=r"b has no batch 'x'; it has b0, b1"):
+    with pytest.raises(DataError, match=r"b: no batch 'x' is known, but b0, b1; see adapt\.plates and adapt\.unit"):
         data.adaptation_tiles(config, "a", "b", "batch", "x")
     wrong = world(tmp_path / "w", held_out={"a": "nope"})
     with pytest.raises(DataError, match=r"held_out\.a = 'nope': no such plate; a has ab0p0"):

@@ -1,7 +1,7 @@
 import logging
 import threading
 
-from coda_ray.tracking.outbox import Outbox, is_unreachable, one_line
+from coda_ray.tracking.outbox import Outbox, is_unreachable, one_line, without_password
 
 WAIT_S = 60.0
 
@@ -88,3 +88,9 @@ def test_a_server_that_was_given_up_can_be_tried_again():
     assert outbox.put("sent", lambda: done.append("sent"))
     outbox.close(WAIT_S)
     assert done == ["sent"]
+
+
+def test_no_sign_of_a_password_is_left():
+    for user in ("u:pass@", "u:pa/ss@", "u:p@ss@", "u:p/a@s:s@", "token@", ":pass@", ""):
+        assert without_password(f"postgresql://{user}host:5432/db is away") == "postgresql://host:5432/db is away"
+    assert without_password("models:/moa@source of s3://b/x") == "models:/moa@source of s3://b/x"

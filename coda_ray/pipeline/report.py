@@ -114,6 +114,8 @@ def run_tune(config: Config, command: str) -> int:
         start_ray()
         # `ray job stop` ends it as Ctrl-C does; Ray has set a handler of its own by now, and Tune sets another for Ctrl-C.
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             outcome = run_sweep(config, command, lambda line: console.print(line, markup=False, highlight=False))
         except FileNotFoundError as error:  # tiles that are not there

@@ -27,7 +27,10 @@ def swept(monkeypatch):
         signal.signal(number, handler)
 
 
-def test_a_scheduler_ends_a_sweep_as_ctrl_c_does(swept, capsys):
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN], ids=["in front", "in the background of a shell"])
+def test_a_scheduler_ends_a_sweep_as_ctrl_c_does(swept, capsys, before):
+    signal.signal(signal.SIGINT, before)
+
     def stopped(*_):
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("it went on")

@@ -4,6 +4,7 @@ Writes appear whole or not at all. Permission and network errors are retried wit
 not there is told at once. Keys come from the environment, as every AWS tool reads them.
 """
 
+import json
 import logging
 import os
 import random
@@ -169,6 +170,28 @@ class Folder:
             When permission or network errors outlast the retries.
         """
         return retrying(lambda: cast(bytes, self.fs.cat_file(self.path(relative))), self.address(relative))
+
+    def read_json(self, relative: str) -> dict[str, Any] | None:
+        """Read a JSON object; None where there is no such file.
+
+        Raises
+        ------
+        ValueError
+            When the file holds anything else.
+        OSError
+            As `read` does.
+        """
+        try:
+            found = json.loads(self.read(relative))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ValueError(
+                f"{self.address(relative)}: not JSON ({error}); delete it, and run the same command again"
+            ) from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.address(relative)}: not a JSON object; delete it, and run the same command again")
+        return found
 
     def read_address(self, address: str) -> bytes:
         """Read a file by its full address, which may lie outside this folder (a local path, or another bucket here)."""

@@ -218,6 +218,20 @@ def test_missing_is_told_at_once(place, monkeypatch):
         open_place(place).read("none")
 
 
+def test_json_is_an_object_or_is_told(place):
+    folder = open_place(place)
+    folder.write("note.json", b'{"a": [1]}')
+    assert folder.read_json("note.json") == {"a": [1]}
+    assert folder.read_json("nothing.json") is None
+    for content, told in (
+        (b'{"a": ', r"note\.json: not JSON \(.*delete it"),
+        (b"[1]", r"note\.json: not a JSON object; delete it"),
+    ):
+        folder.write("note.json", content)
+        with pytest.raises(ValueError, match=told):
+            folder.read_json("note.json")
+
+
 def test_delete_takes_files_folders_and_nothing(place):
     here = open_place(place)
     here.write("p/1", b"x")

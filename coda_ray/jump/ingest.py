@@ -7,7 +7,6 @@ One Ray Data pipeline, in which plates overlap freely:
     driver: counts, progress, quarantine share; a plate is finished when its last row is in  ◄──┘
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -173,7 +172,9 @@ def run_ingest(config: Config, report: Callable[[Progress], None]) -> IngestSumm
     notes = list(tables.notes)
     own = config.ingest.image_list is not None
     lists = _own_list(bucket, config.ingest) if own else dict.fromkeys(_chosen(tables, config.ingest))
-    before = {name: facts for name in lists if (facts := _finished(store, name)) is not None}
+    before = {
+        name: facts for name in lists if (facts := store.folder.read_json(f"{store.plate_path(*name)}/plate.json")) is not None
+    }
     todo = [name for name in lists if name not in before]
     _check_pixel_sizes(todo, tables, config.ingest)
     plates = [_Plate(name, rows, []) for name in todo if (rows := lists[name]) is not None]
@@ -236,14 +237,6 @@ def _read_lists(bucket: Folder, ingest: Ingest, names: Sequence[PlateName], note
             else:
                 plates.append(_Plate(name, found, []))
     return plates
-
-
-def _finished(store: TileStore, name: PlateName) -> dict[str, Any] | None:
-    """Facts of a finished plate, None for one that is not."""
-    try:
-        return cast(dict[str, Any], json.loads(store.folder.read(f"{store.plate_path(*name)}/plate.json")))
-    except FileNotFoundError:
-        return None
 
 
 def _check_pixel_sizes(names: Sequence[PlateName], tables: Tables, ingest: Ingest) -> None:

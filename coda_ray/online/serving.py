@@ -1,6 +1,5 @@
 """The models that a watcher predicts with: that of the source, and one for each unit that was adapted to."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -241,10 +240,7 @@ class Models:
 
     def _stages_before(self) -> list[str]:
         """Read the stages of the same job, as a watcher before this one noted them."""
-        try:
-            return list(json.loads(self.results.read(f"jobs/{self.key}.json"))["stages"])
-        except FileNotFoundError:
-            return []
+        return list((self.results.read_json(f"jobs/{self.key}.json") or {"stages": []})["stages"])
 
     @property
     def tiles(self) -> TileStore:

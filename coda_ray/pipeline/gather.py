@@ -152,7 +152,7 @@ def write_report(config: Config, out: Folder | None, say: Say) -> Written:
             "report": config.report.model_dump(mode="json"),
         }
     )
-    told = _told(folder)
+    told = folder.read_json("report.json") or {}
     if told.get("key") == key:
         return Written(folder.address(PAGE), len(told["files"]), False, len(unfinished) + len(notes), len(failures))
     say(f"gathering {len(records)} transfers")
@@ -187,14 +187,6 @@ def _job(config: Config, results: Folder, key: str) -> dict[str, Any]:
         return read_record(results, f"jobs/{key}.json")
     except FileNotFoundError:
         return {"key": key, "kind": "matrix", "name": "matrix that was not started", "command": REMEDY}
-
-
-def _told(folder: Folder) -> dict[str, Any]:
-    """Read what the last report of a folder was made of."""
-    try:
-        return dict(json.loads(folder.read("report.json")))
-    except FileNotFoundError:
-        return {}
 
 
 def _unscored(results: Folder, transfers: Sequence[Transfer], scored: set[str]) -> int:

@@ -317,7 +317,7 @@ class _Runner:
         if stage.kind in TRAINING and stage.key not in self.trained:
             self.tracker.stage(stage.title, stage.key, read_history(self.results, stage.path))
         wanted = self.scored.get(stage.key, [])
-        known = [_stored(self.results, transfer) for transfer in wanted]
+        known = [self.results.read_json(f"transfers/{transfer.key}.json") for transfer in wanted]
         try:
             fresh = list(score(self.config, self.results, [t for t, record in zip(wanted, known, strict=True) if not record]))
         except (ValueError, KeyError) as error:  # predictions that cannot be scored: the others can
@@ -341,11 +341,3 @@ class _Runner:
         """How many stages are handed out: any number of small ones, which Ray queues; of worker groups what fits."""
         inside = self.config.train.worker_range[0] == 0
         return max(1, len(self.stages)) if inside else room(self.config.train)
-
-
-def _stored(results: Folder, transfer: Transfer) -> dict[str, Any] | None:
-    """Read the record of a transfer that was scored before; its key covers everything that decides the score."""
-    try:
-        return dict(json.loads(results.read(f"transfers/{transfer.key}.json")))
-    except FileNotFoundError:
-        return None

@@ -125,10 +125,7 @@ class Stage:
 
     def facts(self, results: Folder) -> dict[str, Any] | None:
         """Read what a finished stage wrote; None while it is unfinished."""
-        try:
-            return dict(json.loads(results.read(f"{self.path}/done.json")))
-        except FileNotFoundError:
-            return None
+        return results.read_json(f"{self.path}/done.json")
 
     def part_of(self, train: Train) -> Train:
         """Take what this stage uses of the workers and GPUs that a configuration gives to each stage."""

@@ -135,7 +135,7 @@ class Cell:
         results, request = open_place(self.config.results), self.request
         # Criteria know no label, so their folder may be older than the labels.
         file = f"{last.path}/oracles-{self.labelled.fingerprint}.json"
-        oracles, facts = _told(results, file), last.facts(results)
+        oracles, facts = results.read_json(file), last.facts(results)
         if oracles is None or facts is None:
             run_missing(with_needs([last]), self.config)
             oracles, facts = self._oracles(evaluation, results), last.facts(results) or {}
@@ -204,7 +204,7 @@ class Trial:
 
     @cached_property
     def key(self) -> str:
-        """Hash of the stages at its end: points that differ in what their method or granularity does not read are one trial."""
+        """Hash of the stages at its end: points that end with the same stages are one trial."""
         try:
             return content_key({"ends": [cell.after(None)[1].key for cell in self.cells]})
         except ConfigError:  # of values that do not go together: it will fail, and tell why
@@ -270,7 +270,7 @@ class Trial:
             The record.
         """
         results = open_place(self.cells[0].config.results)
-        reached = _told(results, self.path) or {}
+        reached = results.read_json(self.path) or {}
         kept: dict[str, Any] = {name: reached[name] for name in ("step", "cells", "curve", "seconds") if name in reached}
         record = {**self._identity, **kept, "status": "failed", "score": None, "reason": reason}
         results.write(self.path, json.dumps(record, indent=1).encode())
@@ -287,14 +287,6 @@ class Trial:
             return [None]
         shortest = min(cell.steps for cell in self.cells)
         return [*range(self.score_every, shortest, self.score_every), None]
-
-
-def _told(results: Folder, file: str) -> dict[str, Any] | None:
-    """Read what was written before, by this trial or an earlier one of the same values; None where there is nothing."""
-    try:
-        return dict(json.loads(results.read(file)))
-    except FileNotFoundError:
-        return None
 
 
 def summary(cells: Sequence[Mapping[str, Any]], name: str) -> tuple[float | None, float | None]:

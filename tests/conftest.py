@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from simulated import KEY, write_tiny
+
 # Before Ray is imported anywhere: no token file in the home directory; and the keys that the workers of the session hold.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-KEY = ("coda-ray-test-key-0001", "coda-ray-test-secret-0001")
 os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"] = KEY
 os.environ.pop("AWS_SESSION_TOKEN", None)
 os.environ.pop("RAY_ADDRESS", None)
@@ -121,16 +122,6 @@ def ray_cluster():
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     yield
     ray.shutdown()
-
-
-def write_tiny(folder, **changes):
-    """Write the tiny preset into a folder that becomes a bucket."""
-    from coda_ray.config import Place
-    from coda_ray.jump.simulate.bucket import write_bucket
-    from coda_ray.jump.simulate.settings import PRESETS
-
-    write_bucket(PRESETS["tiny"].model_copy(update=changes), Place(address=str(folder)), lambda done, total: None)
-    return folder
 
 
 @pytest.fixture(scope="session")

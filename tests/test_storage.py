@@ -12,7 +12,7 @@ from coda_ray import storage
 from coda_ray.config import Place
 from coda_ray.jump.simulate.serve import serve_folder
 from coda_ray.storage import open_place, retrying
-from conftest import KEY
+from simulated import KEY
 
 BROKEN = [
     EndpointConnectionError(endpoint_url="http://nowhere"),

@@ -229,9 +229,9 @@ class Watcher:
                 f"{len(wells)} of {len(expected)} wells have a tile, less than watch.min_wells = {self.settings.min_wells}; "
                 "quarantine.parquet of the plate says why"
             )
-        smallest = int(index.frame[["height", "width"]].to_numpy().min())
-        if smallest < self.meter.model.tile_crop:
-            raise UnfitPlateError(f"tiles of {smallest} px are smaller than the model's crop of {self.meter.model.tile_crop} px")
+        side, crop = index.smallest_side, self.meter.model.tile_crop
+        if side < crop:
+            raise UnfitPlateError(f"tiles of {side} px are smaller than the model's crop of {crop} px")
         self.meter.embed([index], f"embedding {journey.plate.plate}")
         try:
             own = self.meter.controls([journey.plate])

@@ -52,7 +52,7 @@ def stored_tiles(config: Config, source: str) -> TileIndex:
 
 def _large_enough(config: Config, source: str, index: TileIndex) -> TileIndex:
     """Refuse tiles that are smaller than the crop of every view."""
-    smallest = int(index.frame[["height", "width"]].to_numpy().min())
+    smallest = index.smallest_side
     if smallest < config.views.tile_crop:
         raise DataError(
             f"views.tile_crop = {config.views.tile_crop}: {source} has tiles of {smallest} px; lower it, or ingest with a larger "

@@ -226,11 +226,9 @@ def tiles_of(config: Config, model: ExportedModel) -> TileIndex:
             f"predict.plates = {missing[0]!r}: {', '.join(sources)} has no such finished plate; ingest it, or correct it"
         )
     index = index.where(index.frame["Metadata_Plate"].isin(named)) if named else index
-    smallest = int(index.frame[["height", "width"]].to_numpy().min())
-    if smallest < model.tile_crop:
-        raise ConfigError(
-            f"{store.folder.address()}: tiles of {smallest} px are smaller than the model's crop of {model.tile_crop} px"
-        )
+    side, crop = index.smallest_side, model.tile_crop
+    if side < crop:
+        raise ConfigError(f"{store.folder.address()}: tiles of {side} px are smaller than the model's crop of {crop} px")
     return index
 
 

@@ -118,6 +118,11 @@ class TileIndex:
         """Keep the tiles that have a MoA label."""
         return _labelled(self)
 
+    @property
+    def smallest_side(self) -> int:
+        """Shortest side of any tile (px)."""
+        return int(self.frame[["height", "width"]].to_numpy().min())
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of what the tiles are (content checksums and every Metadata_ column present)."""

@@ -1,6 +1,5 @@
 """The tables of results: one row per transfer, and the source x target matrix with its spread over seeds."""
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -8,10 +7,12 @@ from typing import Any, cast, get_args
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from rich.table import Table
 
 from coda_ray.config import METHODS_PER_UNIT, Granularity, Method, Split
 from coda_ray.storage import Folder
+from coda_ray.tiles.store import table_bytes
 from coda_ray.tracking.records import SCORES, read_records, transfers_frame
 
 MATRIX_COLUMNS = ("metric", "split", "granularity", "source", "target", "method", "mean", "std", "n_seeds")
@@ -49,9 +50,7 @@ def compile_transfers(results: Folder) -> pd.DataFrame:
         When a record is damaged.
     """
     transfers = transfers_frame(read_records(results, "transfers"))
-    sink = io.BytesIO()
-    transfers.to_parquet(sink, index=False)
-    results.write("transfers.parquet", sink.getvalue())
+    results.write("transfers.parquet", table_bytes(pa.Table.from_pandas(transfers, preserve_index=False)))
     return transfers
 
 

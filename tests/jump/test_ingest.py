@@ -17,8 +17,8 @@ from coda_ray.jump.simulate.serve import serve_folder
 from coda_ray.jump.tables import read_tables
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import TileStore, read_tiles
-from conftest import KEY, write_tiny
 from real_images import real_list
+from simulated import KEY, write_tiny
 
 pytestmark = pytest.mark.slow
 UNIT = ["Metadata_Source", "Metadata_Batch", "Metadata_Plate", "Metadata_Well", "Metadata_Site"]

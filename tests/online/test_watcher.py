@@ -33,7 +33,7 @@ from coda_ray.storage import open_place
 from coda_ray.tiles.store import TileStore
 from coda_ray.tracking.registry import RegistryError
 from coda_ray.tracking.runs import Tracker
-from conftest import write_tiny
+from simulated import write_tiny
 from synthetic import place, small_config
 
 pytestmark = pytest.mark.long

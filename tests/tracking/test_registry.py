@@ -175,7 +175,7 @@ def server(world, tmp_path):
         process.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_served_model_says_the_same_over_http(world, server):
     tiles = np.random.default_rng(0).integers(0, 255, (3, 2, 40, 36), dtype=np.uint8)
     answer = requests.post(f"{server}/invocations", json={"inputs": tiles.tolist()}, timeout=60)

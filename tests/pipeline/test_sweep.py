@@ -162,10 +162,10 @@ def test_bad_trials_end_early(culled):
 def test_what_was_stopped_keeps_no_checkpoints(culled):
     config, outcome, _ = culled
     rates = set(outcome.table["adapt.lr"][outcome.table["status"] == "stopped"])
-    stages = [file.parent for file in Path(config.results.address).glob("adapt/*/stage.json")]
-    of_stopped = [s for s in stages if json.loads((s / "stage.json").read_text())["inputs"]["optimisation"]["lr"] in rates]
-    assert len(of_stopped) == len(rates)
-    assert not [path for stage in of_stopped for path in stage.iterdir() if path.name != "stage.json"]
+    cells = [cell for rate in rates for cell in Trial.at(config, "", {"adapt.lr": rate}).cells]
+    wholes = [Path(config.results.address, cell._trained(unit, None).path) for cell in cells for unit in cell._units]
+    assert len(wholes) == len(rates) > 0
+    assert not [file for whole in wholes for file in whole.rglob("*") if file.is_file()]
 
 
 def test_the_same_command_again_runs_what_failed_alone(culled):

@@ -18,7 +18,7 @@ RAYJOB = ROOT / "deploy/kuberay/rayjob.yaml"
 # What a reader is told to copy and to change.
 COPIES = {"MY.yaml": "configs/notebooks.yaml"}
 # A word that a reader replaces: such a line is no command yet.
-OPEN = re.compile(r"…|[A-Z]{3,}(\.yaml)?$|SWEEP")
+OPEN = re.compile(r"…|[A-Z]{3,}(\.yaml)?$")
 
 
 def typed(document):

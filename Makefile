@@ -31,7 +31,7 @@ notebooks: setup  ## Run the notebooks again and keep their outputs
 	$(RUN) notebooks/run.py
 
 test: setup  ## Every test but those that take minutes each
-	$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 test-long: setup  ## The tests that take longest: sweeps, watchers, submitted jobs, notebooks, nodes that die, jobs that are killed
 	$(RUN) -m pytest -m long --timeout 3600

@@ -13,6 +13,8 @@ from simulated import KEY, write_tiny
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray ends idle workers beyond one per CPU, and read tasks, which reserve none, would start new ones all the time: seconds each.
+os.environ.setdefault("RAY_num_workers_soft_limit", "6")
 os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"] = KEY
 os.environ.pop("AWS_SESSION_TOKEN", None)
 os.environ.pop("RAY_ADDRESS", None)

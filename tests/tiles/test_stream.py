@@ -1,13 +1,16 @@
 """The stream's promises, on a real local Ray cluster."""
 
 import inspect
+import threading
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from coda_ray.config import Stream
-from coda_ray.tiles import reader
+from coda_ray.tiles import pause, reader
 from coda_ray.tiles.plan import Partners, SamplePlan
 from coda_ray.tiles.reader import TileSource
 from coda_ray.tiles.store import COMPOUND, LABEL, read_tiles
@@ -53,6 +56,23 @@ def test_it_resumes_at_any_step(ray_cluster, index):
 def test_tasks_and_segments_change_nothing(ray_cluster, index):
     whole, other = run(source_of(index)), run(source_of(index), settings=Stream(rows_per_task=64, prefetch=0))
     assert all(same(a, b) for a, b in zip(whole, other, strict=True))
+
+
+def test_ray_datas_loop_rests_longer_while_tiles_wait(ray_cluster, index, monkeypatch):
+    rests, held = set(), threading.Event()
+
+    def rest(seconds):
+        rests.add(seconds)
+        if seconds == pause.WAITING_PAUSE_S:
+            held.set()
+        time.sleep(0.01)
+
+    monkeypatch.setattr(pause, "time", SimpleNamespace(sleep=rest))
+    stream = minibatches(source_of(index), Stream(rows_per_task=7), minibatch=6, start_step=0, steps=60)
+    first = next(stream)
+    assert pause.WANTED_PAUSE_S in rests
+    assert held.wait(60)
+    assert len([first, *stream]) == 60
 
 
 def test_a_cache_holds_what_was_read_and_changes_nothing(ray_cluster, index, tmp_path):

@@ -164,7 +164,7 @@ def alone(ray_cluster, tmp_path_factory):
     return first, second, stage
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_group_of_which_a_worker_dies_does_what_one_worker_does(alone, tmp_path):
     first, second, stage = alone
     grouped = pretrain(second, "s", objective="dino-cb", seed=0)

@@ -61,7 +61,8 @@ def adapt_each(
     model
         Trained masked autoencoder; put into evaluation mode (no stochastic depth), otherwise left as it is.
     views
-        (B, C, S, S) float evaluation views, on the device of `model`.
+        (B, C, S, S) float evaluation views, on the device of `model`. Adapting computes in their dtype, whatever autocast
+        surrounds it; `readout` follows the autocast.
     samples
         (B,) int64 sample numbers.
     seed
@@ -146,8 +147,9 @@ def adapted_parameters(
     for step in range(recipe.steps):
         drawn = torch.from_numpy(uniforms(seed, samples, recipe.masks * patches, TTT_STREAM + step)).float()
         noise = drawn.view(len(views), recipe.masks, patches).to(views.device, non_blocking=True)
-        # The fused kernels of attention lack rules for many networks side by side, and would run one by one.
-        with sdpa_kernel(SDPBackend.MATH):
+        # The fused kernels of attention lack rules for many networks side by side, and would run one by one. Inside autocast the
+        # plain one fails on CUDA: its softmax comes out in float32, and the backward pass refuses that for bfloat16 scores.
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(views.device.type, enabled=False):
             found = gradients(values, views, noise)
         _sgd(values, found, momenta, recipe)
     return values

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import ray.train.torch
 import torch
 from numpy.typing import NDArray
 
@@ -28,6 +27,7 @@ from coda_ray.pipeline.train_stages import Made, objective_of, section_of, stage
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import UNIT_COLUMNS, TileIndex
 from coda_ray.tiles.stream import minibatches, on_device
+from coda_ray.training.launch import device_of
 from coda_ray.training.loop import Report
 
 # Of the tiles, partners, views and masks of the held-out loss: far from the seeds of runs, so that training drew none of them.
@@ -185,7 +185,7 @@ def _held_out_loss(run: CriteriaRun, learnt: Stage, tiles: data.UnlabelledTiles)
     else:
         learner = networks.dino_objective(settings, channels=channels, steps=1, steps_per_epoch=1, seed=SEED)
     learner.load_state_dict(stage_tensors(config, learnt))
-    device = ray.train.torch.get_device()
+    device = device_of(config.train)
     learner.to(device)
     pairs = config.dino.pairs if objective == "dino-cb" else None
     count, size = min(len(tiles.anchors), config.criteria.tiles), config.evaluate.minibatch

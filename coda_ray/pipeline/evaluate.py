@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import ray.train
-import ray.train.torch
 import torch
 from numpy.typing import NDArray
 from ray.train.collective import barrier
@@ -33,6 +32,7 @@ from coda_ray.pipeline.train_stages import Made, load_model, stage_tensors
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, read_parquet, table_bytes
 from coda_ray.training.infer import infer
+from coda_ray.training.launch import device_of
 from coda_ray.training.loop import Report
 
 PROBABILITY = "probability_"
@@ -196,7 +196,7 @@ def evaluate_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(run.config.train.threads)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
+    device = device_of(run.config.train)
     steps = -(-len(run.index) // (run.config.evaluate.minibatch * world))
     start = _parts_done(run, rank, world)
     model = load_model(run.config, run.classifier, run.adapted, len(run.index.channels)).to(device).eval()

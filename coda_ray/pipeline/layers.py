@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import ray.train.torch
 import torch
 from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
@@ -26,6 +25,7 @@ from coda_ray.pipeline.train_stages import Made, extractor_of
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, read_parquet, table_bytes
 from coda_ray.training.infer import infer
+from coda_ray.training.launch import device_of
 from coda_ray.training.loop import Report
 
 # Bounds the memory; the estimate does not depend on it.
@@ -102,7 +102,7 @@ def layers_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     run: LayersRun = config["run"]
     begun = time.monotonic()
     torch.set_num_threads(run.config.train.threads)
-    device = ray.train.torch.get_device()
+    device = device_of(run.config.train)
     pair = [_extractor(run, stage).to(device).eval() for stage in run.extractors]
     minibatch = min(MINIBATCH, len(run.index))
     gathered = {name: MinibatchCka() for name in READINGS}

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import ray
 
-from coda_ray.config import Config, ConfigError
+from coda_ray.config import Config, ConfigError, Train
 from coda_ray.pipeline.data import DataError
 from coda_ray.pipeline.record import TRAINING, job_record, write_job
 from coda_ray.pipeline.stage import Stage
@@ -219,6 +219,33 @@ def _tables(results: Folder, job: dict[str, Any], table: pd.DataFrame, tracker: 
     return Outcome(own, matrix, [results.address(f"{folder}/{name}.png") for name in figures], {})
 
 
+def check_resources(train: Train, say: Say) -> None:
+    """Tell what one worker wants and no node has, and what stays idle; without a cluster that could grow, stop.
+
+    Parameters
+    ----------
+    train
+        What one worker reserves.
+    say
+        Receives each line.
+
+    Raises
+    ------
+    DataError
+        On a Ray that was started for this job alone.
+    """
+    largest = {name: max((node["Resources"].get(name, 0) for node in nodes()), default=0) for name in ("CPU", "GPU")}
+    for name, amount in resources(train).items():
+        if amount > largest[name]:
+            option = f"train.{name.lower()}s_per_worker"
+            told = f"{option} = {amount:g}: no node of this cluster has so much (at most {largest[name]:g} {name})"
+            if not os.environ.get("RAY_ADDRESS"):
+                raise DataError(f"{told}; lower --{option.replace('_', '-')}, or submit to a cluster")
+            say(f"{told}; waiting for one that has")
+    if largest["GPU"] and not train.gpus_per_worker:
+        say("train.gpus_per_worker = 0: the GPUs of this cluster stay idle; --train.gpus-per-worker 1 uses them")
+
+
 class _Runner:
     """Hands the stages to Ray, in an order in which each stands after those it needs; Ray packs them."""
 
@@ -253,7 +280,7 @@ class _Runner:
         finished = deque(stage for stage in self.stages if stage.key in done)
         missing = deque(stage for stage in self.stages if stage.key not in done)
         if missing:
-            self._check_resources()
+            check_resources(self.config.train, self.say)
         for note in dict.fromkeys(stage.note for stage in missing if stage.note):
             self.say(note)
         limit = self._at_a_time()
@@ -265,23 +292,6 @@ class _Runner:
                 self._score(finished.popleft())
             elif self.running:
                 self._wait()
-
-    def _check_resources(self) -> None:
-        """Tell what one worker wants and no node has; without a cluster that could grow, stop.
-
-        Raises
-        ------
-        DataError
-            On a Ray that was started for this job alone.
-        """
-        largest = {name: max((node["Resources"].get(name, 0) for node in nodes()), default=0) for name in ("CPU", "GPU")}
-        for name, amount in resources(self.config.train).items():
-            if amount > largest[name]:
-                option = f"train.{name.lower()}s_per_worker"
-                told = f"{option} = {amount:g}: no node of this cluster has so much (at most {largest[name]:g} {name})"
-                if not os.environ.get("RAY_ADDRESS"):
-                    raise DataError(f"{told}; lower --{option.replace('_', '-')}, or submit to a cluster")
-                self.say(f"{told}; waiting for one that has")
 
     def _submit(self, stage: Stage) -> None:
         """Hand one stage to Ray; it starts when its needs are finished and its resources free."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import ray.train
-import ray.train.torch
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex
 from coda_ray.training.checkpoints import write_tensors
 from coda_ray.training.infer import infer
+from coda_ray.training.launch import device_of
 from coda_ray.training.loop import Report
 
 SUMS = "sums.safetensors"
@@ -118,7 +118,7 @@ def moments_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     begun = time.monotonic()
     torch.set_num_threads(run.config.train.threads)
     context = ray.train.get_context()
-    device = ray.train.torch.get_device()
+    device = device_of(run.config.train)
     model = load_model(run.config, run.classifier, None, len(run.index.channels)).to(device).eval()
     plates, code = np.unique(plate_names(run.index), return_inverse=True)
     width = model.width

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 from uuid import uuid4
 
+import ray.train.torch
+import torch
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -66,6 +68,25 @@ def _returned(trainer: TorchTrainer) -> dict[str, Any]:
     """Run a trainer; take what rank 0's loop returned."""
     result = cast(Any, trainer.fit())
     return dict(result.return_value)
+
+
+def device_of(train: Train) -> torch.device:
+    """Give the device of the calling worker: the GPU that it reserved, or the CPU.
+
+    Ray hides the GPUs of a node from tasks that reserved one, and from no others; a stage that asked for none must not fill the
+    memory of a GPU that another one counts on.
+
+    Parameters
+    ----------
+    train
+        Resources of the worker.
+
+    Returns
+    -------
+    torch.device
+        `cpu` where `train.gpus_per_worker` is 0.
+    """
+    return ray.train.torch.get_device() if train.gpus_per_worker else torch.device("cpu")
 
 
 def resources(train: Train) -> dict[str, float]:

@@ -31,6 +31,7 @@ from coda_ray.tiles.store import table_bytes
 from coda_ray.tiles.stream import minibatches, on_device
 from coda_ray.training import checkpoints
 from coda_ray.training.checkpoints import Checkpoint
+from coda_ray.training.launch import device_of
 
 log = logging.getLogger(__name__)
 Report = Callable[[int, int, dict[str, float]], None]
@@ -143,7 +144,7 @@ class _Worker:
         context = ray.train.get_context()
         self.run = run
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
+        self.device = device_of(run.train)
         self.precision = choose_precision(self.device, run.train.precision)
         torch.manual_seed(run.seed)
         self.work = run.build()

@@ -49,6 +49,25 @@ def _one_by_one(model: MaskedAutoencoder, views: Tensor, samples: NDArray[np.int
     return adapted
 
 
+def test_adapting_does_not_follow_a_surrounding_autocast() -> None:
+    model, views = _mae().float(), _views().float()
+    alone = adapted_parameters(model, views, SAMPLES, seed=SEED, recipe=RECIPE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = adapted_parameters(model, views, SAMPLES, seed=SEED, recipe=RECIPE)
+    assert all(torch.equal(inside[name], value) for name, value in alone.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_adapting_on_cuda_inside_autocast_is_close_to_that_on_the_cpu() -> None:
+    model, views = _mae().float(), _views().float()
+    here = adapted_parameters(model, views, SAMPLES, seed=SEED, recipe=RECIPE)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        there = adapted_parameters(model.cuda(), views.cuda(), SAMPLES, seed=SEED, recipe=RECIPE)
+    for name, value in here.items():
+        torch.testing.assert_close(there[name].cpu(), value, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_weights_equal_those_of_one_image_after_the_other() -> None:
     model, views = _mae(), _views()
     ours = adapted_parameters(model, views, SAMPLES, seed=SEED, recipe=RECIPE)

@@ -1,0 +1,44 @@
+"""What is said of a cluster before stages are handed to it."""
+
+import pytest
+
+from coda_ray.config import Train
+from coda_ray.pipeline import matrix
+from coda_ray.pipeline.data import DataError
+
+CPUS, GPUS = {"CPU": 8.0}, {"CPU": 4.0, "GPU": 1.0}
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """Look at a cluster of a CPU node and a GPU node; give what is said."""
+    monkeypatch.setattr(matrix, "nodes", lambda: [{"Resources": CPUS}, {"Resources": GPUS}])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def look(**train):
+        lines = []
+        matrix.check_resources(Train(**train), lines.append)
+        return lines
+
+    return look
+
+
+def test_nothing_is_said_of_workers_that_fit(said):
+    assert said(cpus_per_worker=8, gpus_per_worker=1) == []
+
+
+def test_gpus_that_nobody_reserves_are_told(said):
+    (line,) = said(cpus_per_worker=1)
+    assert "--train.gpus-per-worker 1" in line
+
+
+def test_a_worker_without_a_node_stops_what_was_started_for_this_job_alone(said):
+    with pytest.raises(DataError, match=r"train\.gpus_per_worker = 2: no node.*at most 1 GPU.*lower --train\.gpus-per-worker"):
+        said(gpus_per_worker=2)
+
+
+def test_a_worker_without_a_node_waits_on_a_cluster_that_may_grow(said, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    (line,) = said(cpus_per_worker=16, gpus_per_worker=1)
+    assert "train.cpus_per_worker = 16" in line
+    assert "waiting" in line

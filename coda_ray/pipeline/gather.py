@@ -182,11 +182,11 @@ def write_report(config: Config, out: Folder | None, say: Say) -> Written:
 
 
 def _job(config: Config, results: Folder, key: str) -> dict[str, Any]:
-    """Read the record of the matrix; one that was never started has none."""
+    """Read the record of the matrix; one that was never started, or in parts, has none."""
     try:
         return read_record(results, f"jobs/{key}.json")
     except FileNotFoundError:
-        return {"key": key, "kind": "matrix", "name": "matrix that was not started", "command": REMEDY}
+        return {"key": key, "kind": "matrix", "name": "matrix that was not run as one job", "command": REMEDY}
 
 
 def _unscored(results: Folder, transfers: Sequence[Transfer], scored: set[str]) -> int:

@@ -127,9 +127,11 @@ def bar_figure(tidy: pd.DataFrame) -> Figure:
             panel.plot(places, printed, "D", ms=4, color="white", mec="black", ls="none", label="_paper", zorder=3)
         names = [f"{target}\n(held-out plate)" if target == source else target for target in own]
         panel.set_xticks(range(len(own)), names, fontsize=8)
-        panel.set(ylabel=f"{TITLES[tidy['metric'].iloc[0]]} (%)", ylim=(0, None), xlim=(-0.5, len(targets) - 0.5))
+        panel.set(ylabel=f"{TITLES[tidy['metric'].iloc[0]]} (%)", xlim=(-0.5, len(targets) - 0.5))
         panel.set_title(f"trained on {source}", fontsize=9, loc="left")
         _plain_frame(panel)
+    # After the last panel: a limit that is set holds for all of them, and stops following what is drawn.
+    panels[0].set_ylim(bottom=0)
     if published:
         panels[0].plot([], [], "D", ms=4, color="white", mec="black", ls="none", label="as published")
     _legend(figure, panels[0])

@@ -45,6 +45,14 @@ def test_bars_are_the_cells_of_the_matrix(results):
     assert panel.get_ylabel() == "accuracy (%)"
 
 
+def test_the_axis_reaches_over_the_bars_of_every_source(make_transfer):
+    records = [make_transfer("A", "B", "coda", 0, accuracy=0.3), make_transfer("B", "A", "coda", 0, accuracy=0.95)]
+    for panel in bar_figure(matrix_table(transfers_frame(records), "accuracy", "source")).axes:
+        low, high = panel.get_ylim()
+        assert low == 0
+        assert high > 95
+
+
 def test_published_figures_are_diamonds(make_transfer):
     tidy = matrix_table(transfers_frame([make_transfer("source_3", "source_5", "coda", 0)]), "accuracy", "source")
     (panel,) = bar_figure(tidy).axes

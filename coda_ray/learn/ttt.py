@@ -148,7 +148,7 @@ def adapted_parameters(
         drawn = torch.from_numpy(uniforms(seed, samples, recipe.masks * patches, TTT_STREAM + step)).float()
         noise = drawn.view(len(views), recipe.masks, patches).to(views.device, non_blocking=True)
         # The fused kernels of attention lack rules for many networks side by side, and would run one by one. Inside autocast the
-        # plain one fails on CUDA: its softmax comes out in float32, and the backward pass refuses that for bfloat16 scores.
+        # plain one fails on CUDA: the backward pass of its softmax refuses that values and gradients differ in dtype.
         with sdpa_kernel(SDPBackend.MATH), torch.autocast(views.device.type, enabled=False):
             found = gradients(values, views, noise)
         _sgd(values, found, momenta, recipe)

@@ -232,7 +232,7 @@ def check_resources(train: Train, say: Say) -> None:
     Raises
     ------
     DataError
-        On a Ray that was started for this job alone.
+        When no node has what one worker wants, on a Ray that was started for this job alone.
     """
     largest = {name: max((node["Resources"].get(name, 0) for node in nodes()), default=0) for name in ("CPU", "GPU")}
     for name, amount in resources(train).items():

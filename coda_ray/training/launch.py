@@ -73,8 +73,8 @@ def _returned(trainer: TorchTrainer) -> dict[str, Any]:
 def device_of(train: Train) -> torch.device:
     """Give the device of the calling worker: the GPU that it reserved, or the CPU.
 
-    Ray hides the GPUs of a node from tasks that reserved one, and from no others; a stage that asked for none must not fill the
-    memory of a GPU that another one counts on.
+    A task that reserved no GPU sees all of its node (`start_ray` leaves them visible), and Ray Train would name the first; but a
+    stage that asked for none must not fill the memory of a GPU that another one counts on.
 
     Parameters
     ----------

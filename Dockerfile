@@ -28,9 +28,11 @@ COPY jobs ./jobs
 RUN pip install --no-cache-dir --no-deps --no-index --no-build-isolation .
 
 # A node without a token does not start. task_oom_retries: a stage killed for want of memory is tried three times more, not for ever.
+# JOB_STOP: a sweep that is stopped writes its table, which takes longer than Ray's 3 s.
 # NVIDIA_*: what the container toolkit shows to a container that asks for a GPU.
 ENV RAY_AUTH_MODE=token \
     RAY_task_oom_retries=3 \
+    RAY_JOB_STOP_WAIT_TIME_S=60 \
     RAY_USAGE_STATS_ENABLED=0 \
     MLFLOW_DISABLE_TELEMETRY=true \
     PYTHONUNBUFFERED=1 \

@@ -16,6 +16,7 @@ def main() -> int:
     from coda_ray.jump.ingest import IngestError
     from coda_ray.pipeline.models import find_model
     from coda_ray.pipeline.predict import PredictionError, ingest_missing, predict, tiles_of
+    from coda_ray.pipeline.task import check_resources
     from coda_ray.progress import progress_bar
     from coda_ray.tiles.stream import UnreadableTilesError
     from coda_ray.tracking.registry import RegistryError
@@ -32,6 +33,7 @@ def main() -> int:
                 print(ingest_missing(config, model, show), flush=True)
         tiles = tiles_of(config, model)
         start_ray()
+        check_resources(config.train, print)
         with progress_bar("predicting", "tiles") as show:
             done = predict(config, model, tiles, show)
     print(done.text)

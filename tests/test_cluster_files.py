@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import jsonschema
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PATHS = ["cluster.yaml", "Dockerfile", "requirements.lock", "docs/cluster.md"]
 PATHS += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "deploy").rglob("*")) if path.is_file()]
 KUBERNETES = "1.33"
+STOP_WAIT_S = 60
 FLOORS = {"ray": "2.54", "mlflow": "3.5", "torch": "2.6"}
 
 
@@ -99,6 +101,11 @@ def open_dashboard(files):
             yield "cluster.yaml", command
 
 
+def hasty(files):
+    if int((re.findall(r"\bRAY_JOB_STOP_WAIT_TIME_S=(\d+)", files["Dockerfile"]) or ["3"])[0]) < STOP_WAIT_S:
+        yield "Dockerfile", "a sweep that is stopped is killed before its table is written"
+
+
 def endless(files):
     name, count = OOM_RETRIES
     if not re.search(rf"^(?:ENV|   ) *{name}={count}\b", files["Dockerfile"], re.MULTILINE):
@@ -140,6 +147,17 @@ def loose_pod(files):
                     yield path, container["name"]
 
 
+def lasting(files):
+    for path, document in documents(files):
+        if document.get("kind") == "RayCluster":
+            for group in document["spec"]["workerGroupSpecs"]:
+                if group["template"]["spec"].get("restartPolicy") != "Never":
+                    yield path, f"{group['groupName']}: an idle pod that is ended starts again"
+    cluster = yaml.safe_load(files["cluster.yaml"])["cluster_name"]
+    if f'"ec2:ResourceTag/ray-cluster-name": "{cluster}"' not in files["deploy/aws/head.json"]:
+        yield "deploy/aws/head.json", f"the head may not end the workers of {cluster}"
+
+
 def loose_machine(files):
     for name, kind in yaml.safe_load(files["cluster.yaml"])["available_node_types"].items():
         node = kind["node_config"]
@@ -168,7 +186,7 @@ def old_release(files):
 
 RULES = [
     listens_everywhere, public, secret, open_ray, open_dashboard, loose_image, loose_build, loose_pod, loose_machine, loose_role,
-    old_release, endless,
+    old_release, endless, hasty, lasting,
 ]  # fmt: skip
 
 
@@ -194,6 +212,10 @@ SPOILT = [
     (open_ray, "Dockerfile", "RAY_AUTH_MODE=token", "RAY_AUTH_MODE=disabled"),
     (open_ray, "Dockerfile", "RAY_AUTH_MODE=token", "RAY_OTHER=token"),
     (endless, "Dockerfile", "RAY_task_oom_retries=3", "RAY_task_oom_retries=-1"),
+    (hasty, "Dockerfile", "RAY_JOB_STOP_WAIT_TIME_S=60", "RAY_JOB_STOP_WAIT_TIME_S=3"),
+    (hasty, "Dockerfile", "RAY_JOB_STOP_WAIT_TIME_S=60", "OTHER=60"),
+    (lasting, "deploy/kuberay/raycluster.yaml", "restartPolicy: Never", "restartPolicy: Always"),
+    (lasting, "deploy/aws/head.json", '"ec2:ResourceTag/ray-cluster-name": "coda-ray"', '"ec2:ResourceTag/Name": "coda-ray"'),
     (open_ray, "cluster.yaml", "export RAY_AUTH_MODE=token;\n    ray start --head", "ray start --head"),
     (open_ray, "cluster.yaml", "export RAY_AUTH_MODE=token;\n    ray start --address", "ray start --address"),
     (open_ray, "deploy/kuberay/raycluster.yaml", "mode: token", "mode: disabled"),
@@ -390,12 +412,42 @@ def test_mlflow_has_the_options_of_the_server(files):
 # Commands; those of our own jobs are checked in test_docs.py.
 
 
-def test_ray_has_the_commands_that_are_shown(files):
+def shown(text):
+    """Yield the words of every `ray …` line of a text, without what `ray job submit` runs."""
+    lines = re.sub(r"\\\n#? *", " ", text).splitlines()
+    for found in re.findall(r"(?:^|`|# +)(ray [a-z-]+ [^`\n#]*)", "\n".join(lines), re.MULTILINE):
+        words = shlex.split(found.replace("…", ""))
+        yield words[: words.index("--")] if "--" in words else words
+
+
+def unknown(text):
+    """Yield the shown commands and options that Ray does not have."""
     from ray.scripts.scripts import cli
 
-    jobs = cli.commands["job"].commands
-    for words in re.findall(r"(?<![\w/-])ray ((?:job )?[a-z-]+)((?: --[a-z-]+)*)", files["docs/cluster.md"]):
-        name, options = words
-        command = jobs[name.removeprefix("job ")] if name.startswith("job ") else cli.commands.get(name)
-        assert command, name
-        assert set(options.split()) <= {option for parameter in command.params for option in parameter.opts}, words
+    for _, name, *words in shown(text):
+        command = cli.commands.get(name)
+        if name == "job" and words:
+            name, command = words[0], command.commands.get(words[0])
+        known = {option for parameter in command.params for option in parameter.opts} if command else set()
+        used = {word.partition("=")[0] for word in words if word.startswith("--")}
+        yield from ([name] if not command else sorted(used - known))
+
+
+RAY_SHOWN = ["README.md", "cluster.yaml", "docs/cluster.md", "docs/reproduce.md"]
+
+
+@pytest.mark.parametrize("path", RAY_SHOWN)
+def test_ray_has_the_commands_that_are_shown(path):
+    text = (ROOT / path).read_text()
+    assert any(words[:3] == ["ray", "job", "submit"] for words in shown(text))
+    assert list(unknown(text)) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [("--submission-id", "--submision-id", "--submision-id"), ("ray dashboard", "ray dashbord", "dashbord"),
+     ("ray job stop", "ray job halt", "halt"), ("--no-wait", "--nowait", "--nowait")],
+)  # fmt: skip
+def test_a_command_that_ray_does_not_have_is_found(files, old, new, told):
+    assert old in files["docs/cluster.md"]
+    assert told in unknown(files["docs/cluster.md"].replace(old, new))

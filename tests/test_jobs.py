@@ -156,11 +156,15 @@ class Head:
         """The environment of a job that joins from this machine."""
         return {**self.environment, "RAY_ADDRESS": self.address}
 
-    def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def job(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of `ray job`."""
+        command = ["ray", "job", words[0], "--address", self.dashboard, *words[1:]]
+        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
+
+    def submit(self, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         """Submit a job and follow it; a head that has just started says for a while that it has no agent yet."""
-        command = ["ray", "job", "submit", "--address", self.dashboard, "--working-dir", ".", "--", "python", *arguments]
         for _ in range(30):
-            done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
+            done = self.job("submit", "--working-dir", ".", *options, "--", "python", *arguments)
             if "No available agent" not in done.stdout + done.stderr:
                 break
             time.sleep(2)
@@ -182,6 +186,8 @@ def head(tmp_path_factory):
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         # Processes that wait for another stage would hold up its end.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        # As in the image.
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     port, dashboard = free_port(), free_port()
@@ -311,6 +317,30 @@ def swept(head, tmp_path_factory):
     return root
 
 
+@pytest.mark.long
+@pytest.mark.own_ray
+def test_a_submitted_sweep_that_is_stopped_leaves_its_table(head, swept):
+    results = swept / "stopped"
+    for kind in ("pretrain", "classify"):  # what no trial changes
+        shutil.copytree(swept / "undisturbed" / kind, results / kind)
+    file = str(study(swept, "stopped", **SWEPT))
+    begun = head.submit("jobs/tune.py", "--config", file, options=("--submission-id", "stopped", "--no-wait"))
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+    while "finished" not in statuses_of(results).values():
+        assert "RUNNING" in (now := head.job("status", "stopped").stdout) or "PENDING" in now, head.job("logs", "stopped").stdout
+    done = head.job("stop", "stopped")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "STOPPED" in head.job("status", "stopped").stdout
+    (table,) = results.glob("report/*/trials.csv")
+    assert {"finished", "unadapted"} <= set(pd.read_csv(table)["status"])
+    assert "the same command again continues it" in head.job("logs", "stopped").stdout
+
+
+def statuses_of(results: Path) -> dict[Path, str]:
+    """Status of every trial of a sweep that has a record."""
+    return {file: json.loads(file.read_text())["status"] for file in results.glob("sweeps/*/*.json")}
+
+
 class Sweep:
     """`jobs/tune.py` in a process group of its own, with a mark that whatever it starts has too."""
 
@@ -324,7 +354,7 @@ class Sweep:
 
     def records(self) -> dict[Path, str]:
         """Status of every trial that has a record."""
-        return {file: json.loads(file.read_text())["status"] for file in self.results.glob("sweeps/*/*.json")}
+        return statuses_of(self.results)
 
     def wait_until(self, **counts: int) -> None:
         """Wait until so many trials have a status."""

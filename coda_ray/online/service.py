@@ -16,6 +16,7 @@ from coda_ray.online.ledger import Ledger
 from coda_ray.online.meter import Progress
 from coda_ray.online.serving import Models, watch_folder
 from coda_ray.online.watcher import Watcher
+from coda_ray.pipeline.task import check_resources
 from coda_ray.progress import Say
 from coda_ray.storage import open_place
 from coda_ray.tracking.records import WATCH_FIGURE, WATCH_TABLE
@@ -51,7 +52,7 @@ def watch(config: Config, *, once: bool, command: str, say: Say, progress: Progr
     Raises
     ------
     ConfigError
-        When the settings cannot be watched with.
+        When the settings cannot be watched with, or no node has what `train` reserves.
     OSError
         With `once`, when storage does not answer; otherwise the next look tries again.
     StagesFailedError
@@ -68,6 +69,7 @@ def watch(config: Config, *, once: bool, command: str, say: Say, progress: Progr
             say("another watcher is at work; nothing to do")
             return 0
         start_ray()
+        check_resources(config.train, say)
         tracker = Tracker.open(config.tracking, open_place(config.results))
         # Ray takes a driver's SIGTERM for itself; here it ends the watcher as Ctrl-C does, with the lease given back.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)

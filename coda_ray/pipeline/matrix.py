@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,10 @@ from typing import Any
 import pandas as pd
 import ray
 
-from coda_ray.config import Config, ConfigError, Train
-from coda_ray.pipeline.data import DataError
+from coda_ray.config import Config, ConfigError
 from coda_ray.pipeline.record import TRAINING, job_record, write_job
 from coda_ray.pipeline.stage import Stage
-from coda_ray.pipeline.task import Facts, cause_of, nodes, room, submit
+from coda_ray.pipeline.task import Facts, cause_of, check_resources, room, submit
 from coda_ray.pipeline.transfer import Request, Transfer, plan, score, stages_of, unadapted
 from coda_ray.progress import Say
 from coda_ray.storage import Folder, open_place
@@ -25,7 +23,6 @@ from coda_ray.tracking.figures import figure_png, matrix_figures
 from coda_ray.tracking.records import read_history
 from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.table import compile_transfers, job_matrix
-from coda_ray.training.launch import resources
 from coda_ray.training.loop import Report
 
 log = logging.getLogger(__name__)
@@ -217,33 +214,6 @@ def _tables(results: Folder, job: dict[str, Any], table: pd.DataFrame, tracker: 
     if complete:
         tracker.finish_job(job, matrix, figures)
     return Outcome(own, matrix, [results.address(f"{folder}/{name}.png") for name in figures], {})
-
-
-def check_resources(train: Train, say: Say) -> None:
-    """Tell what one worker wants and no node has, and what stays idle; without a cluster that could grow, stop.
-
-    Parameters
-    ----------
-    train
-        What one worker reserves.
-    say
-        Receives each line.
-
-    Raises
-    ------
-    DataError
-        When no node has what one worker wants, on a Ray that was started for this job alone.
-    """
-    largest = {name: max((node["Resources"].get(name, 0) for node in nodes()), default=0) for name in ("CPU", "GPU")}
-    for name, amount in resources(train).items():
-        if amount > largest[name]:
-            option = f"train.{name.lower()}s_per_worker"
-            told = f"{option} = {amount:g}: no node of this cluster has so much (at most {largest[name]:g} {name})"
-            if not os.environ.get("RAY_ADDRESS"):
-                raise DataError(f"{told}; lower --{option.replace('_', '-')}, or submit to a cluster")
-            say(f"{told}; waiting for one that has")
-    if largest["GPU"] and not train.gpus_per_worker:
-        say("train.gpus_per_worker = 0: the GPUs of this cluster stay idle; --train.gpus-per-worker 1 uses them")
 
 
 class _Runner:

@@ -21,7 +21,7 @@ from coda_ray.pipeline.record import job_record, write_job
 from coda_ray.pipeline.searcher import OptunaSearcher
 from coda_ray.pipeline.space import OWN, POINT, Point, config_at, corners, lengths, own_points, points_of
 from coda_ray.pipeline.stage import Stage
-from coda_ray.pipeline.task import room
+from coda_ray.pipeline.task import check_resources, room
 from coda_ray.pipeline.transfer import with_needs
 from coda_ray.pipeline.trial import ENDED, ORACLE, ORACLES, Cell, Trial, summary
 from coda_ray.progress import Say
@@ -241,6 +241,7 @@ def _search(config: Config, results: Folder, key: str, tracker: Tracker, say: Sa
     say(f"{planned} trials, {planned - number} of them finished before")
     if not number:
         return True
+    check_resources(config.train, say)
     progress = _Progress(config, key, tracker, planned, planned - number, say)
     with tempfile.TemporaryDirectory(prefix="coda_ray_tune_") as scratch:
         # Tune's own state is pickled, and so never read again: a sweep continues from the records of its trials.

@@ -1,5 +1,6 @@
 """The Ray task that runs one stage; apart from the matrix, so that its processes import neither tables nor figures."""
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -7,8 +8,9 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from coda_ray.cluster import quieten
-from coda_ray.config import Config, Train
+from coda_ray.config import Config, ConfigError, Train
 from coda_ray.pipeline.stage import Stage
+from coda_ray.progress import Say
 from coda_ray.storage import open_place
 from coda_ray.training.launch import resources
 from coda_ray.training.loop import Report
@@ -100,6 +102,33 @@ def room(train: Train) -> int:
     least = max(1, train.worker_range[0])
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return max(1, min(int(have.get(name, 0) // (amount * least)) for name, amount in resources(train).items()))
+
+
+def check_resources(train: Train, say: Say) -> None:
+    """Tell what one worker wants and no node has, and what stays idle; without a cluster that could grow, stop.
+
+    Parameters
+    ----------
+    train
+        What one worker reserves.
+    say
+        Receives each line.
+
+    Raises
+    ------
+    ConfigError
+        When no node has what one worker wants, on a Ray that was started for this job alone.
+    """
+    largest = {name: max((node["Resources"].get(name, 0) for node in nodes()), default=0) for name in ("CPU", "GPU")}
+    for name, amount in resources(train).items():
+        if amount > largest[name]:
+            option = f"train.{name.lower()}s_per_worker"
+            told = f"{option} = {amount:g}: no node of this cluster has so much (at most {largest[name]:g} {name})"
+            if not os.environ.get("RAY_ADDRESS"):
+                raise ConfigError(f"{told}; lower --{option.replace('_', '-')}, or submit to a cluster")
+            say(f"{told}; waiting for one that has")
+    if largest["GPU"] and not train.gpus_per_worker:
+        say("train.gpus_per_worker = 0: the GPUs of this cluster stay idle; --train.gpus-per-worker 1 uses them")
 
 
 def nodes() -> list[dict[str, Any]]:

@@ -270,6 +270,17 @@ def test_the_job_tells_what_is_wrong_in_one_line(monkeypatch, capsys, tmp_path):
     assert "only s3://bucket/prefix and folders are known" in told
 
 
+def test_the_job_does_not_wait_for_a_gpu_that_no_node_has(ray_cluster, world, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(world[0].model_dump_json())
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    out = ["--predict.out", tmp_path / "out"]
+    code, _, told = job(monkeypatch, capsys, "--config", file, *out, "--train.gpus_per_worker", 1)
+    assert code == 2
+    assert "train.gpus_per_worker = 1: no node of this cluster has so much (at most 0 GPU)" in told
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_raw_images_are_prepared_first(monkeypatch, capsys, tmp_path, tiny_bucket):
     """A model whose preparation is that of the configuration, and plates that are in the bucket alone."""

@@ -2,9 +2,8 @@
 
 import pytest
 
-from coda_ray.config import Train
-from coda_ray.pipeline import matrix
-from coda_ray.pipeline.data import DataError
+from coda_ray.config import ConfigError, Train
+from coda_ray.pipeline import task
 
 CPUS, GPUS = {"CPU": 8.0}, {"CPU": 4.0, "GPU": 1.0}
 
@@ -12,12 +11,12 @@ CPUS, GPUS = {"CPU": 8.0}, {"CPU": 4.0, "GPU": 1.0}
 @pytest.fixture
 def said(monkeypatch):
     """Look at a cluster of a CPU node and a GPU node; give what is said."""
-    monkeypatch.setattr(matrix, "nodes", lambda: [{"Resources": CPUS}, {"Resources": GPUS}])
+    monkeypatch.setattr(task, "nodes", lambda: [{"Resources": CPUS}, {"Resources": GPUS}])
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def look(**train):
         lines = []
-        matrix.check_resources(Train(**train), lines.append)
+        task.check_resources(Train(**train), lines.append)
         return lines
 
     return look
@@ -33,7 +32,7 @@ def test_gpus_that_nobody_reserves_are_told(said):
 
 
 def test_a_worker_without_a_node_stops_what_was_started_for_this_job_alone(said):
-    with pytest.raises(DataError, match=r"train\.gpus_per_worker = 2: no node.*at most 1 GPU.*lower --train\.gpus-per-worker"):
+    with pytest.raises(ConfigError, match=r"train\.gpus_per_worker = 2: no node.*at most 1 GPU.*lower --train\.gpus-per-worker"):
         said(gpus_per_worker=2)
 
 

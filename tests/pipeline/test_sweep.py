@@ -336,6 +336,15 @@ def test_a_sweep_that_cannot_be_is_told_before_the_trials(finished, fields, told
         swept(changed(config, **fields))
 
 
+def test_trials_that_fit_no_node_are_told_and_not_waited_for(finished, monkeypatch):
+    """What they stand on is finished, so no other stage has asked before."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = changed(finished[0], space={"adapt.lr": [3e-3]})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"cpus_per_worker": 99.0})})
+    with pytest.raises(ConfigError, match=r"train\.cpus_per_worker = 99: no node of this cluster has so much"):
+        swept(config)
+
+
 def test_what_trials_stand_on_is_made_once_and_never_by_a_trial(finished, tmp_path):
     config, before = world(tmp_path, seeds=[0], score_every=0), {}
     shutil.copytree(Path(finished[0].results.address) / "pretrain", Path(config.results.address) / "pretrain")

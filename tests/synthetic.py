@@ -108,7 +108,8 @@ def finish(config: Config, stages: Sequence[object]) -> None:
             state |= {name: value + 1 for name, value in state.items() if name.startswith("student.")}
         folder = open_place(config.results).child(stage.path)
         note = {"stage": stage.kind, "key": stage.key, "title": stage.title, "inputs": dict(stage.inputs)}
-        folder.write("stage.json", json.dumps(note | {"needs": [need.path for need in stage.needs]}).encode())
+        below = {need.path: need.facts(open_place(config.results))["sha256"] for need in stage.needs}
+        folder.write("stage.json", json.dumps(note | {"needs": list(below), "made_of": below}).encode())
         facts = {"sha256": write_tensors(folder, "model.safetensors", state), "steps": 4, "seconds": 1.0}
         folder.write("done.json", json.dumps(facts).encode())
 

@@ -27,9 +27,9 @@ from coda_ray.pipeline import data
 from coda_ray.pipeline.evaluate import evaluate
 from coda_ray.pipeline.matrix import StagesFailedError, raise_failures, run_stages
 from coda_ray.pipeline.record import job_record, write_job
-from coda_ray.pipeline.stage import Stage
+from coda_ray.pipeline.stage import Stage, with_needs
 from coda_ray.pipeline.train_stages import adapt
-from coda_ray.pipeline.transfer import Model, Request, Transfer, model_of, score, with_needs
+from coda_ray.pipeline.transfer import Model, Request, Transfer, model_of, score
 from coda_ray.progress import Say
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key, table_bytes

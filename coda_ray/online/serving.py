@@ -9,9 +9,9 @@ from coda_ray.jump.prepare import preparation_of
 from coda_ray.pipeline.matrix import raise_failures, run_stages
 from coda_ray.pipeline.models import Export, StoredModel, export_of, read_stage, stored_models
 from coda_ray.pipeline.record import job_record, write_job
-from coda_ray.pipeline.stage import Stage, settings_of
+from coda_ray.pipeline.stage import Stage, settings_of, with_needs
 from coda_ray.pipeline.train_stages import adapt
-from coda_ray.pipeline.transfer import Request, model_of, with_needs
+from coda_ray.pipeline.transfer import Request, model_of
 from coda_ray.progress import Say
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileStore, content_key

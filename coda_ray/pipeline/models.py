@@ -14,7 +14,7 @@ from coda_ray.config import REGISTRY, Config, ConfigError, Granularity, Method
 from coda_ray.jump.prepare import preparation_of
 from coda_ray.learn.exported import DESCRIPTION, WEIGHTS, ExportedModel, ModelError, pack, unpack
 from coda_ray.pipeline import networks
-from coda_ray.pipeline.stage import Stage
+from coda_ray.pipeline.stage import Stage, check_made_of
 from coda_ray.pipeline.train_stages import CONTINUED_BY, MODEL_ON, lineage, load_model, objective_of, root_of
 from coda_ray.storage import Folder, open_place
 from coda_ray.tracking.card import CARD, model_card
@@ -190,12 +190,13 @@ def export_of(config: Config, stored: StoredModel) -> Export:
     ConfigError
         When no job of these results tells how its tiles were prepared.
     DamagedFileError
-        When its weights are not those that the stage wrote.
+        When its weights are not those that the stage wrote, or what it was made of was trained again.
     """
     results = open_place(config.results)
     jobs = [job for job in read_records(results, "jobs") if stored.last.path in job["stages"]]
     own = _config_of(config, results, stored, jobs)
     channels, origin = list(own.ingest.channels), stored.origin
+    check_made_of(stored.stages, results)
     network = load_model(own, stored.classifier, stored.adapted, len(channels))
     facts = {
         "channels": channels,

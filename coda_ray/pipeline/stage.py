@@ -1,7 +1,7 @@
 """A stage is a function of its inputs: its folder is named by their hash, and a finished one is never run again."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from coda_ray.config import Config, Train
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, content_key
+from coda_ray.training.checkpoints import DamagedFileError
 from coda_ray.training.launch import launch
 from coda_ray.training.loop import Report
 
@@ -147,14 +148,72 @@ class Stage:
         -------
         dict
             The stage's facts.
+
+        Raises
+        ------
+        DamagedFileError
+            As `check_made_of`.
         """
         results = open_place(config.results)
         done = self.facts(results)
         if done is not None:
             return done
+        check_made_of([self], results)
         folder = results.child(self.path)
         note = {"stage": self.kind, "key": self.key, "title": self.title, "inputs": dict(self.inputs)}
-        note["needs"] = [stage.path for stage in self.needs]
+        note |= {"needs": [stage.path for stage in self.needs], "made_of": _made_of(self, results)}
         folder.write("stage.json", json.dumps(note, indent=1).encode())
         loop, run = self.make(folder, report)
         return launch(loop, run, self.part_of(config.train), results)
+
+
+def with_needs(stages: Iterable[Stage]) -> list[Stage]:
+    """List stages and what they need, once, each after those it needs."""
+    ordered: dict[str, Stage] = {}
+
+    def visit(stage: Stage) -> None:
+        if stage.key not in ordered:
+            for need in stage.needs:
+                visit(need)
+            ordered[stage.key] = stage
+
+    for stage in stages:
+        visit(stage)
+    return list(ordered.values())
+
+
+def check_made_of(stages: Iterable[Stage], results: Folder) -> None:
+    """Refuse stages that were made of other weights than those that now lie in the folders below them.
+
+    A key names inputs. Training the same inputs again, on another machine or GPU, gives other weights under the same key, and a
+    classifier of the first run cannot read features of the second: that would look like a bad result and not like a mistake.
+
+    Parameters
+    ----------
+    stages
+        They and all that they stand on are looked at, as far as their folders tell.
+    results
+        Where they are.
+
+    Raises
+    ------
+    DamagedFileError
+        Names the stage, the weights, and what to delete.
+    """
+    for stage in with_needs(stages):
+        told = results.read_json(f"{stage.path}/stage.json") or {}
+        now = _made_of(stage, results) if told.get("made_of") else {}
+        for need in stage.needs:
+            then = told.get("made_of", {}).get(need.path)
+            if then and then != now.get(need.path, then):
+                raise DamagedFileError(
+                    f"{results.address(stage.path)}: {stage.title} was made of the {need.title} with SHA-256 {then[:12]}..., but "
+                    f"{results.address(need.path)} has {now[need.path][:12]}...: it was trained again, or results of two runs "
+                    f"were put together; delete {results.address(stage.path)} to make it of the weights that are there"
+                )
+
+
+def _made_of(stage: Stage, results: Folder) -> dict[str, str]:
+    """SHA-256 of the weights of each finished stage that a stage stands on, by their folders; not all have weights."""
+    found = {need.path: need.facts(results) or {} for need in stage.needs}
+    return {path: facts["sha256"] for path, facts in found.items() if "sha256" in facts}

@@ -20,9 +20,8 @@ from coda_ray.pipeline.matrix import raise_failures, run_stages
 from coda_ray.pipeline.record import job_record, write_job
 from coda_ray.pipeline.searcher import OptunaSearcher
 from coda_ray.pipeline.space import OWN, POINT, Point, config_at, corners, lengths, own_points, points_of
-from coda_ray.pipeline.stage import Stage
+from coda_ray.pipeline.stage import Stage, with_needs
 from coda_ray.pipeline.task import check_resources, room
-from coda_ray.pipeline.transfer import with_needs
 from coda_ray.pipeline.trial import ENDED, ORACLE, ORACLES, Cell, Trial, summary
 from coda_ray.progress import Say
 from coda_ray.storage import Folder, open_place

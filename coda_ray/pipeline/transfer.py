@@ -15,7 +15,7 @@ from coda_ray.pipeline.correct import Correction, correct
 from coda_ray.pipeline.evaluate import PROBABILITY, TILE_ID, evaluate, predictions_of
 from coda_ray.pipeline.moments import moments
 from coda_ray.pipeline.profile import profile
-from coda_ray.pipeline.stage import Stage
+from coda_ray.pipeline.stage import Stage, with_needs
 from coda_ray.pipeline.train_stages import CONTINUED_BY, MODEL_ON, Pretraining, adapt, classify, pretrain, tent
 from coda_ray.storage import Folder
 from coda_ray.tiles.store import COMPOUND, UNIT_COLUMNS, TileIndex, content_key
@@ -183,21 +183,6 @@ def adaptation(
 def stages_of(transfers: Iterable[Transfer]) -> list[Stage]:
     """List every stage of some transfers once, each after those it needs."""
     return with_needs(transfer.last for transfer in transfers)
-
-
-def with_needs(stages: Iterable[Stage]) -> list[Stage]:
-    """List stages and what they need, once, each after those it needs."""
-    ordered: dict[str, Stage] = {}
-
-    def visit(stage: Stage) -> None:
-        if stage.key not in ordered:
-            for need in stage.needs:
-                visit(need)
-            ordered[stage.key] = stage
-
-    for stage in stages:
-        visit(stage)
-    return list(ordered.values())
 
 
 def score(config: Config, results: Folder, transfers: Iterable[Transfer]) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from coda_ray.pipeline.transfer import Request, plan, stages_of
 from coda_ray.storage import open_place
 from coda_ray.tracking.card import CARD
 from coda_ray.tracking.records import FEATURE_SCORES
+from coda_ray.training.checkpoints import DamagedFileError
 from synthetic import finish, place, small_config, write_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,6 +204,15 @@ def test_weights_that_are_missing_are_named(config, exported, tmp_path):
     (tmp_path / DESCRIPTION).write_bytes((exported[0] / DESCRIPTION).read_bytes())
     with pytest.raises(ModelError, match=r"model.safetensors: the file is not there; export or copy the whole folder again"):
         find_model(config, str(tmp_path))
+
+
+def test_a_model_whose_parts_are_of_two_trainings_is_not_exported(config, exported, tmp_path):
+    copied = config.model_copy(update={"results": place(tmp_path / "results")})
+    shutil.copytree(config.results.address, copied.results.address)
+    folder = open_place(copied.results).child(exported[2].classifier.needs[0].path)
+    folder.write("done.json", json.dumps({**folder.read_json("done.json"), "sha256": "b" * 64}).encode())
+    with pytest.raises(DamagedFileError, match="classify dual-cb on a, seed 0 was made of the pretrain dino-cb on a"):
+        export_of(copied, exported[2])
 
 
 def test_the_job_exports_or_tells_why_not(config, exported, monkeypatch, capsys, tmp_path):

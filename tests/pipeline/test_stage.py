@@ -1,7 +1,14 @@
-"""What a stage's key is made of."""
+"""What a stage's key is made of, and what it stands on."""
+
+import json
+
+import pytest
 
 from coda_ray.config import Adapt, Config, Views
-from coda_ray.pipeline.stage import RECIPE_VERSION, settings_of
+from coda_ray.pipeline.stage import RECIPE_VERSION, Stage, check_made_of, settings_of
+from coda_ray.storage import open_place
+from coda_ray.training.checkpoints import DamagedFileError
+from synthetic import place
 
 # Keys leave defaults out. Whoever changes one of these raises RECIPE_VERSION, and then copies it here; new options need neither.
 OPTIMISATION = {
@@ -41,3 +48,30 @@ def test_a_key_holds_what_differs_from_the_defaults():
     assert settings_of(Views()) == {}
     assert settings_of(Views(size_local=64, size_global=224)) == {"size_local": 64}
     assert settings_of(Adapt(minibatch_unit=8, lr=3e-4), exclude={"minibatch_unit"}) == {"lr": 3e-4}
+
+
+def plain(kind, *needs):
+    return Stage(kind, f"the {kind}", {}, lambda folder, report: pytest.fail("nothing runs here"), needs)
+
+
+@pytest.mark.parametrize("told", [{}, {"made_of": {}}], ids=["of an older release", "no weights below"])
+def test_a_stage_that_does_not_tell_what_it_was_made_of_passes(tmp_path, told):
+    results, below = open_place(place(tmp_path)), plain("pretrain")
+    above = plain("classify", below)
+    results.write(f"{below.path}/done.json", json.dumps({"sha256": "b" * 64}).encode())
+    results.write(f"{above.path}/stage.json", json.dumps(told).encode())
+    check_made_of([above], results)
+
+
+def test_weights_that_are_not_those_that_a_stage_was_made_of_are_told_from_far_above(tmp_path):
+    results, below = open_place(place(tmp_path)), plain("pretrain")
+    middle = plain("classify", below)
+    above = plain("evaluate", middle)
+    results.write(f"{middle.path}/stage.json", json.dumps({"made_of": {below.path: "a" * 64}}).encode())
+    check_made_of([above], results)  # nothing is there to compare with
+    results.write(f"{below.path}/done.json", json.dumps({"sha256": "a" * 64}).encode())
+    check_made_of([above], results)
+    results.write(f"{below.path}/done.json", json.dumps({"sha256": "b" * 64}).encode())
+    told = f"{middle.path}: the classify was made of the the pretrain with SHA-256 aaaaaaaaaaaa..., but .*{below.path} has bbbbbb"
+    with pytest.raises(DamagedFileError, match=told):
+        check_made_of([above], results)

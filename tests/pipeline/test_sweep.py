@@ -22,8 +22,9 @@ from coda_ray.pipeline import data, sweep
 from coda_ray.pipeline.evaluate import TILE_ID, predictions_of
 from coda_ray.pipeline.report import run_tune
 from coda_ray.pipeline.space import config_at
+from coda_ray.pipeline.stage import with_needs
 from coda_ray.pipeline.sweep import TABLE, _bases, _key, run_sweep
-from coda_ray.pipeline.transfer import Request, plan, with_needs
+from coda_ray.pipeline.transfer import Request, plan
 from coda_ray.pipeline.trial import Trial
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import LABEL

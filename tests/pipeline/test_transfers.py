@@ -1,6 +1,8 @@
 """Transfers end to end on a small tile store: what runs, what is scored, and what no label can change."""
 
 import io
+import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -16,11 +18,13 @@ from coda_ray.pipeline.data import DataError
 from coda_ray.pipeline.dry_run import survey
 from coda_ray.pipeline.evaluate import evaluate, predictions_of
 from coda_ray.pipeline.matrix import StagesFailedError, requests_of, run_transfers
+from coda_ray.pipeline.stage import with_needs
 from coda_ray.pipeline.train_stages import adapt, pretrain, stage_tensors
-from coda_ray.pipeline.transfer import Request, plan, stages_of, with_needs
+from coda_ray.pipeline.transfer import Request, plan, stages_of
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import LABEL, TileStore, table_bytes
-from synthetic import small_config, write_tiles
+from coda_ray.training.checkpoints import write_tensors
+from synthetic import place, small_config, write_tiles
 
 SCORES = ["n_images", "n_wells", "accuracy", "macro_f1", "well_accuracy", "well_macro_f1", "steps", "key"]
 
@@ -136,6 +140,25 @@ def test_a_second_run_only_looks_up(finished):
         "accuracy_high", "replicate_map_controls", "replicate_map", "moa_map", "ilisi", "kbet", "silhouette_batch", "steps",
         "seconds", "key",
     ]  # fmt: skip
+
+
+def test_features_of_other_weights_do_not_meet_a_classifier_that_cannot_read_them(finished, tmp_path):
+    """A pre-training that lies in the folder again, with other weights under the same key, as after a run on another machine."""
+    config = finished[0]
+    copied = config.model_copy(
+        update={"results": place(tmp_path / "results"), "adapt": config.adapt.model_copy(update={"lr": 3e-4})}
+    )
+    shutil.copytree(config.results.address, copied.results.address)
+    request = Request("a", "b", "coda", "source", 0)
+    (pretrained,) = plan(copied, request)[-1].trained.needs
+    folder = open_place(copied.results).child(pretrained.path)
+    weights = {name: tensor + 1 for name, tensor in stage_tensors(copied, pretrained).items()}
+    facts = {**folder.read_json("done.json"), "sha256": write_tensors(folder, "model.safetensors", weights)}
+    folder.write("done.json", json.dumps(facts).encode())
+    with pytest.raises(
+        StagesFailedError, match=r"evaluate adapt coda .*: DamagedFileError: .*classify dual-cb on a.* was made of"
+    ):
+        run(copied, [request])
 
 
 def test_labels_of_the_target_turned_to_noise_change_no_weight(finished, monkeypatch, tmp_path):

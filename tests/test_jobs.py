@@ -330,7 +330,8 @@ def test_a_submitted_sweep_that_is_stopped_leaves_its_table(head, swept):
         assert "RUNNING" in (now := head.job("status", "stopped").stdout) or "PENDING" in now, head.job("logs", "stopped").stdout
     done = head.job("stop", "stopped")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "STOPPED" in head.job("status", "stopped").stdout
+    now = head.job("status", "stopped")
+    assert "Job 'stopped' was stopped" in now.stdout + now.stderr
     (table,) = results.glob("report/*/trials.csv")
     assert {"finished", "unadapted"} <= set(pd.read_csv(table)["status"])
     assert "the same command again continues it" in head.job("logs", "stopped").stdout

@@ -317,13 +317,17 @@ def swept(head, tmp_path_factory):
     return root
 
 
+def another(swept: Path, name: str) -> tuple[Path, str]:
+    """Results and configuration of the same sweep once more, from what no trial changes."""
+    for kind in ("pretrain", "classify"):
+        shutil.copytree(swept / "undisturbed" / kind, swept / name / kind)
+    return swept / name, str(study(swept, name, **SWEPT))
+
+
 @pytest.mark.long
 @pytest.mark.own_ray
 def test_a_submitted_sweep_that_is_stopped_leaves_its_table(head, swept):
-    results = swept / "stopped"
-    for kind in ("pretrain", "classify"):  # what no trial changes
-        shutil.copytree(swept / "undisturbed" / kind, results / kind)
-    file = str(study(swept, "stopped", **SWEPT))
+    results, file = another(swept, "stopped")
     begun = head.submit("jobs/tune.py", "--config", file, options=("--submission-id", "stopped", "--no-wait"))
     assert begun.returncode == 0, begun.stdout + begun.stderr
     while "finished" not in statuses_of(results).values():
@@ -388,10 +392,8 @@ class Sweep:
 @pytest.mark.long
 @pytest.mark.own_ray
 def test_a_sweep_that_is_killed_and_then_interrupted_comes_to_the_same_table(head, swept):
-    results = swept / "disturbed"
-    for kind in ("pretrain", "classify"):  # what no trial changes
-        shutil.copytree(swept / "undisturbed" / kind, results / kind)
-    command = [sys.executable, "jobs/tune.py", "--config", str(study(swept, "disturbed", **SWEPT))]
+    results, configured = another(swept, "disturbed")
+    command = [sys.executable, "jobs/tune.py", "--config", configured]
 
     killed = Sweep(command, results, swept / "killed.log")
     killed.wait_until(finished=1, running=1)

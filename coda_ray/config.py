@@ -738,9 +738,9 @@ class Tune(Section):
     pairs: list[tuple[str, str]] = []
     """Source and target of the adaptations, such as [["source_3", "source_7"]]; a trial's score is the mean over them."""
     method: Literal["oda-mae", "oda", "coda", "tent"] = "coda"
-    """What is adapted by, where the space does not search it."""
+    """What is adapted by, where the space does not search it; of jobs/adapt.py too, where it is not told."""
     granularity: Granularity = "source"
-    """Unit of adaptation, where the space does not search it. With batch or plate every unit gets a model of its own, which reads
+    """Unit of adaptation, as method. With batch or plate every unit gets a model of its own, which reads
     that unit; a trial is scored on all of them together."""
     seeds: list[Annotated[int, Field(ge=0)]] = [0]
     """Seeds of each adaptation; with several, a trial's score has a standard deviation."""

@@ -14,10 +14,11 @@ class AdaptJob(Config):
     """Source whose model is adapted."""
     target: str
     """Target that it is adapted to."""
-    method: Method = "coda"
-    """Row of the result matrix; a method that adapts or corrects is scored beside the model that it starts from."""
-    granularity: Granularity = "source"
-    """Unit of adaptation: the whole target, each of its batches, or each of its plates."""
+    method: Method | None = None
+    """Row of the result matrix; a method that adapts or corrects is scored beside the model that it starts from. Unset,
+    tune.method, so that the best.yaml of a sweep is adapted with as it is."""
+    granularity: Granularity | None = None
+    """Unit of adaptation: the whole target, each of its batches, or each of its plates; unset, tune.granularity."""
     seed: int = Field(0, ge=0)
     """Seed of weights, samples and views."""
 
@@ -28,8 +29,9 @@ def main() -> int:
     from coda_ray.pipeline.report import run_job
     from coda_ray.pipeline.transfer import Request
 
-    request = Request(job.source, job.target, job.method, job.granularity, job.seed, job.split)
-    name = f"{job.method} {job.source} to {job.target}, per {job.granularity}, seed {job.seed}"
+    method, granularity = job.method or job.tune.method, job.granularity or job.tune.granularity
+    request = Request(job.source, job.target, method, granularity, job.seed, job.split)
+    name = f"{method} {job.source} to {job.target}, per {granularity}, seed {job.seed}"
     return run_job(job, [request], kind="adapt", name=name)
 
 

@@ -153,8 +153,42 @@ def lasting(files):
                 if group["template"]["spec"].get("restartPolicy") != "Never":
                     yield path, f"{group['groupName']}: an idle pod that is ended starts again"
     cluster = yaml.safe_load(files["cluster.yaml"])["cluster_name"]
-    if f'"ec2:ResourceTag/ray-cluster-name": "{cluster}"' not in files["deploy/aws/head.json"]:
-        yield "deploy/aws/head.json", f"the head may not end the workers of {cluster}"
+    for statement in json.loads(files["deploy/aws/head.json"])["Statement"]:
+        if statement["Sid"] == "EndWorkers" and statement["Condition"] != own_workers(cluster):
+            yield "deploy/aws/head.json", f"the head may not end the workers of {cluster}"
+
+
+def own_workers(cluster):
+    return {"StringEquals": {"ec2:ResourceTag/ray-cluster-name": cluster}}
+
+
+def reaching(files):
+    """By its tags a machine belongs to a cluster: who may tag any machine may end any."""
+    cluster = yaml.safe_load(files["cluster.yaml"])["cluster_name"]
+    known = [own_workers(cluster), {"StringEquals": {"ec2:CreateAction": "RunInstances"}}]
+    for statement in json.loads(files["deploy/aws/head.json"])["Statement"]:
+        if "ec2:CreateTags" in statement["Action"] and statement.get("Condition") not in known:
+            yield "deploy/aws/head.json", "tags machines of others"
+
+
+def costly(files):
+    """Machines that nobody uses or that cost more than they have to, data that crosses regions, a cache off the local disk."""
+    cluster = yaml.safe_load(files["cluster.yaml"])
+    if cluster["provider"]["region"] != "us-east-1" or cluster["provider"].get("cache_stopped_nodes") is not False:
+        yield "cluster.yaml", f"provider: {cluster['provider']}"
+    types = dict(cluster["available_node_types"])
+    if types.pop(cluster["head_node_type"])["resources"] != {"CPU": 0}:
+        yield "cluster.yaml", "stages run on the head"
+    gpus = {kind["node_config"]["InstanceType"][0] in "gp" for kind in types.values()}
+    if gpus != {True, False}:
+        yield "cluster.yaml", "no workers with GPUs, or none without"
+    for name, kind in types.items():
+        if kind["min_workers"] or kind["node_config"].get("InstanceMarketOptions", {}).get("MarketType") != "spot":
+            yield "cluster.yaml", f"{name}: kept when idle, or not spot"
+    local = {volume.split(":")[1] for volume in re.findall(r"--volume (/opt/dlami/nvme\S*)", files["cluster.yaml"])}
+    spill = re.findall(r"--object-spilling-directory=(\S+)", files["cluster.yaml"])
+    if local != {"/scratch"} or {where.rpartition("/")[0] for where in spill} != local:
+        yield "cluster.yaml", "cache or spilled objects off the local disk"
 
 
 def loose_machine(files):
@@ -185,7 +219,7 @@ def old_release(files):
 
 RULES = [
     listens_everywhere, public, secret, open_ray, open_dashboard, loose_image, loose_build, loose_pod, loose_machine, loose_role,
-    old_release, endless, hasty, lasting,
+    old_release, endless, hasty, lasting, reaching, costly,
 ]  # fmt: skip
 
 
@@ -194,6 +228,10 @@ def test_the_files_keep_the_rules(files, rule):
     assert list(rule(files)) == []
 
 
+END_WORKERS = [
+    f'"Action": "ec2:TerminateInstances",\n      "Resource": "*",\n      "Condition": {{"StringEquals": {{"ec2:ResourceTag/{tag}"'
+    for tag in ("ray-cluster-name", "Name")
+]
 SPOILT = [
     (listens_everywhere, "cluster.yaml", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0"),
     (listens_everywhere, "deploy/mlflow/compose.yaml", "${MLFLOW_BIND:-127.0.0.1}", "0.0.0.0"),  # noqa: S104
@@ -214,7 +252,16 @@ SPOILT = [
     (hasty, "Dockerfile", "RAY_JOB_STOP_WAIT_TIME_S=60", "RAY_JOB_STOP_WAIT_TIME_S=3"),
     (hasty, "Dockerfile", "RAY_JOB_STOP_WAIT_TIME_S=60", "OTHER=60"),
     (lasting, "deploy/kuberay/raycluster.yaml", "restartPolicy: Never", "restartPolicy: Always"),
-    (lasting, "deploy/aws/head.json", '"ec2:ResourceTag/ray-cluster-name": "coda-ray"', '"ec2:ResourceTag/Name": "coda-ray"'),
+    (lasting, "deploy/aws/head.json", *END_WORKERS),
+    (reaching, "deploy/aws/head.json", '"ec2:CreateAction": "RunInstances"', '"aws:RequestedRegion": "us-east-1"'),
+    (reaching, "deploy/aws/head.json", '"ec2:RunInstances",', '["ec2:RunInstances", "ec2:CreateTags"],'),
+    (costly, "cluster.yaml", "region: us-east-1", "region: eu-central-1"),
+    (costly, "cluster.yaml", "resources: {CPU: 0}", "resources: {}"),
+    (costly, "cluster.yaml", "min_workers: 0", "min_workers: 1"),
+    (costly, "cluster.yaml", "        MarketType: spot", "        MarketType: capacity-block"),
+    (costly, "cluster.yaml", "InstanceType: c6id.4xlarge", "InstanceType: g6e.4xlarge"),
+    (costly, "cluster.yaml", "/opt/dlami/nvme/coda_ray:/scratch", "/home/ubuntu/scratch:/scratch"),
+    (costly, "cluster.yaml", "--object-spilling-directory=/scratch/spill", "--object-spilling-directory=/tmp/spill"),
     (open_ray, "cluster.yaml", "export RAY_AUTH_MODE=token;\n    ray start --head", "ray start --head"),
     (open_ray, "cluster.yaml", "export RAY_AUTH_MODE=token;\n    ray start --address", "ray start --address"),
     (open_ray, "deploy/kuberay/raycluster.yaml", "mode: token", "mode: disabled"),

@@ -121,7 +121,7 @@ class Tracker:
         """Send the curves of a stage that several transfers stand on."""
 
         def send(store: RunStore) -> None:
-            run_id = store.stage(title, key, history, self._ensure_parent(store))
+            run_id = store.stage(title, key, history, self._ensure_parent(store), self._job)
             if history is not None:
                 self._running.discard(run_id)
 
@@ -148,7 +148,7 @@ class Tracker:
 
     def live_stage(self, title: str, key: str) -> LiveLogger | None:
         """Make a stage's run before its training; otherwise as `live`."""
-        return self._live(f"stage {title}", lambda store: store.stage(title, key, None, self._ensure_parent(store)))
+        return self._live(f"stage {title}", lambda store: store.stage(title, key, None, self._ensure_parent(store), self._job))
 
     def finish_job(
         self,

@@ -258,7 +258,7 @@ class RunStore:
         history
             Log points (step, time_ms, measures), or None.
         parent
-            Run id of the job; the run moves under it.
+            Run id of the job; the run comes below it, and stays there until a matrix takes it.
         job
             The job's record, for the description and the data.
 
@@ -268,11 +268,11 @@ class RunStore:
             Run id; the same for the same key.
         """
         identity = {name: str(record[name]) for name in IDENTITY}
-        run = self._ensure("transfer", record["key"], transfer_name(record), parent, _first_ms(history))
+        run = self._ensure("transfer", record["key"], transfer_name(record), parent, _first_ms(history), job)
         # MLflow shows first what came first.
         ordered = (*SCORES, *(name for name in MEASURES if name not in SCORES))
         values = {name: float(record[name]) for name in ordered if record.get(name) is not None}
-        tags = {NOTE_TAG: transfer_note(record, job)} if job else {}
+        tags = {NOTE_TAG: transfer_note(record, job)} if job and run.data.tags.get(PARENT_TAG) == parent else {}
         self._send_differences(run, params=identity, tags=tags, values=values)
         self._send_data(run, _data_of(record, job))
         self._curves(run, history)
@@ -280,15 +280,19 @@ class RunStore:
             self.end(run.info.run_id, history=history)
         return str(run.info.run_id)
 
-    def stage(self, title: str, key: str, history: pd.DataFrame | None, parent: str | None) -> str:
+    def stage(
+        self, title: str, key: str, history: pd.DataFrame | None, parent: str | None, job: Mapping[str, Any] | None = None
+    ) -> str:
         """Send the curves of a stage that several transfers stand on; without them the run is left running.
+
+        Its place is as that of a transfer.
 
         Returns
         -------
         str
             Run id; the same for the same key.
         """
-        run = self._ensure("stage", key, title, parent, _first_ms(history))
+        run = self._ensure("stage", key, title, parent, _first_ms(history), job)
         self._curves(run, history)
         if history is not None and run.info.status != "FINISHED":
             self.end(run.info.run_id, history=history)
@@ -464,8 +468,10 @@ class RunStore:
             )
         return str(found.experiment_id)
 
-    def _ensure(self, kind: str, key: str, name: str, parent: str | None, start: int | None) -> "Run":
-        """Find the run of a record under its newest parent, or make it."""
+    def _ensure(
+        self, kind: str, key: str, name: str, parent: str | None, start: int | None, job: Mapping[str, Any] | None = None
+    ) -> "Run":
+        """Find the run of a record, or make it, below its parent; `job` is the parent's record where it may have another."""
         client = self.client
         where = f"tags.kind = '{kind}' and tags.key = '{key}'"
         found = client.search_runs([self._experiment_id], where, order_by=["attributes.start_time ASC"])
@@ -474,11 +480,18 @@ class RunStore:
             # An answer that was lost makes a client ask again, and the server make a second run.
             for double in doubles:
                 client.delete_run(double.info.run_id)
-            if parent and run.data.tags.get(PARENT_TAG) != parent:
+            if parent and run.data.tags.get(PARENT_TAG) != parent and (job is None or self._takes(job, run)):
                 client.set_tag(run.info.run_id, PARENT_TAG, parent)
+                run.data.tags[PARENT_TAG] = parent
             return run
         tags = {"kind": kind, "key": key} | ({PARENT_TAG: parent} if parent else {})
         return client.create_run(self._experiment_id, start_time=start, tags=tags, run_name=name)
+
+    def _takes(self, job: Mapping[str, Any], run: "Run") -> bool:
+        """Whether a run goes to this job: a matrix would have holes if jobs that share its transfers took them."""
+        have = run.data.tags.get(PARENT_TAG)
+        # Of a job that a person deleted the search finds no run.
+        return not have or job["kind"] == "matrix" or not self.client.search_runs([self._experiment_id], f"run_id = '{have}'")
 
     def _send_differences(
         self,

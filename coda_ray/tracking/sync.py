@@ -1,7 +1,7 @@
 """Fill MLflow from the results folder: every job, transfer and stage, each once, however often it is done."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,9 +71,7 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
         read_records(results, "transfers"),
     )
     frame = transfers_frame(transfers)
-    # A later job takes over the transfers and stages that it shares with an earlier one.
-    job_of = {key: job["key"] for job in jobs for key in job["transfers"]}
-    stage_job = {path: job["key"] for job in jobs for path in job["stages"]}
+    job_of, stage_job = _owners(jobs, "transfers"), _owners(jobs, "stages")
     # The curve of a scored adaptation is on its transfers.
     on_transfers = {record["history"] for record in transfers}
     stages = [path for path in sorted(stage_job) if path not in on_transfers]
@@ -96,7 +94,8 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
         advance()
     sent = 0
     for path in stages:
-        sent += _send_stage(results, store, path, parents[stage_job[path]])
+        owner = stage_job[path]
+        sent += _send_stage(results, store, path, parents[owner], by_key[owner])
         advance()
     for record in trials:
         store.trial(record, parents.get(record["sweep"]), by_key.get(record["sweep"]))
@@ -125,13 +124,19 @@ def _oldest_first(results: Folder, jobs: list[dict[str, Any]]) -> list[dict[str,
     return sorted(jobs, key=written)
 
 
-def _send_stage(results: Folder, store: RunStore, path: str, parent: str) -> bool:
+def _owners(jobs: Sequence[Mapping[str, Any]], field: str) -> dict[str, str]:
+    """Give what several jobs share to the newest matrix, else to the oldest job, as the jobs themselves did."""
+    oldest = {one: job["key"] for job in reversed(jobs) for one in job[field]}
+    return oldest | {one: job["key"] for job in jobs if job["kind"] == "matrix" for one in job[field]}
+
+
+def _send_stage(results: Folder, store: RunStore, path: str, parent: str, job: Mapping[str, Any]) -> bool:
     """Send a stage's curves; False where it is unfinished or has none."""
     history = read_history(results, path)
     if history is None or not results.exists(f"{path}/stage.json"):
         return False
     stage = read_record(results, f"{path}/stage.json")
-    store.stage(stage["title"], stage["key"], history, parent)
+    store.stage(stage["title"], stage["key"], history, parent, job)
     return True
 
 

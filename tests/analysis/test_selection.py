@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.selection import judge
+from benchmarks.selection import judge, judge_together
 from coda_ray.analysis.selection import CRITERIA, agreement, mean_entropy, mutual_information, rank_me
 
 
@@ -138,3 +138,30 @@ def test_a_criterion_is_judged_among_the_states_of_one_method():
     assert found.attrs["states"] == {("a", "b", "coda"): 3, ("a", "b", "oda"): 3}
     with pytest.raises(ValueError, match="no method has two states"):
         judge(scores[scores["method"] == "tent"], "oracle_accuracy")
+
+
+def test_one_state_for_all_transfers_is_chosen_by_the_mean_over_them():
+    # o1 is the best on the mean, o2 on one pair alone; the criterion likes o2 on the mean. Of c1 one pair was not scored.
+    states = [
+        ("a", "unadapted oda", "oda", 0, 0.1, 0.40), ("b", "unadapted oda", "oda", 0, 0.1, 0.30),
+        ("a", "o1", "oda", 100, 0.3, 0.50), ("b", "o1", "oda", 100, 0.2, 0.60),
+        ("a", "o2", "oda", 100, 0.2, 0.70), ("b", "o2", "oda", 100, 0.5, 0.30),
+        ("a", "c1", "coda", 100, 0.9, 0.95),
+        ("a", "unadapted coda", "coda", 0, 0.8, 0.20), ("b", "unadapted coda", "coda", 0, 0.7, 0.30),
+    ]  # fmt: skip
+    scores = pd.DataFrame(states, columns=["source", "trial", "method", "step", "replicate_map", "oracle_accuracy"])
+    scores = scores.assign(target="t", **{name: np.nan for name in CRITERIA if name != "replicate_map"})
+    found = judge_together(scores, "oracle_accuracy").set_index(["way", "method"])
+    assert found.loc[("the best (oracle)", "oda"), "chosen"] == pytest.approx(55)
+    assert found.loc[("replicate_map", "oda")].to_dict() == pytest.approx({"rank_correlation": 0.5, "chosen": 50, "regret": 5})
+    assert found.loc[("replicate_map", "all"), "regret"] == pytest.approx(55 - 25)
+    assert found.loc[("unadapted", "all"), "chosen"] == pytest.approx(30)
+    # A seed more of one state does not weigh more.
+    doubled = pd.concat([scores, scores[scores["trial"] == "o2"]])
+    again = judge_together(doubled, "oracle_accuracy").set_index(["way", "method"])
+    pd.testing.assert_frame_equal(again, found)
+    # What a criterion cannot be measured on somewhere, it does not choose.
+    scores.loc[scores["trial"].eq("o2") & scores["source"].eq("a"), "replicate_map"] = np.nan
+    assert judge_together(scores, "oracle_accuracy").set_index(["way", "method"]).loc[("replicate_map", "oda"), "regret"] == 0
+    with pytest.raises(ValueError, match="no state was scored on every transfer"):
+        judge_together(scores.iloc[[0, 8]], "oracle_accuracy")

@@ -41,3 +41,13 @@ def test_a_worker_without_a_node_waits_on_a_cluster_that_may_grow(said, monkeypa
     (line,) = said(cpus_per_worker=16, gpus_per_worker=1)
     assert "train.cpus_per_worker = 16" in line
     assert "waiting" in line
+
+
+def test_stages_share_devices_by_fractions(monkeypatch):
+    monkeypatch.setattr(task.ray, "cluster_resources", lambda: {"CPU": 12.0, "GPU": 1.0})
+    assert task.room(Train(cpus_per_worker=1)) == 12
+    assert task.room(Train(cpus_per_worker=0.75)) == 16
+    assert task.room(Train(cpus_per_worker=1, gpus_per_worker=0.25)) == 4
+    assert task.room(Train(cpus_per_worker=6, gpus_per_worker=0.25)) == 2
+    assert task.room(Train(cpus_per_worker=2, workers="3")) == 2
+    assert task.room(Train(gpus_per_worker=2)) == 1

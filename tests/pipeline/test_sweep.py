@@ -17,18 +17,19 @@ import ray
 import yaml
 
 from coda_ray.analysis.selection import CRITERIA
-from coda_ray.config import Config, ConfigError, Range, dump_config, parse_job
+from coda_ray.config import Config, ConfigError, Range, Tracking, dump_config, parse_job
 from coda_ray.pipeline import data, sweep
 from coda_ray.pipeline.evaluate import TILE_ID, predictions_of
 from coda_ray.pipeline.report import run_tune
 from coda_ray.pipeline.space import config_at
 from coda_ray.pipeline.stage import with_needs
-from coda_ray.pipeline.sweep import TABLE, _bases, _key, run_sweep
+from coda_ray.pipeline.sweep import SCORES, TABLE, _bases, _key, run_sweep
 from coda_ray.pipeline.transfer import Request, plan
 from coda_ray.pipeline.trial import Trial
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import LABEL
 from coda_ray.tracking.records import read_records
+from coda_ray.tracking.store import PARENT_TAG, RunStore
 from jobs import adapt
 from synthetic import small_config, write_tiles
 
@@ -82,8 +83,9 @@ def shared(config):
 
 @pytest.fixture(scope="module")
 def culled(finished):
-    """A grid whose bad trials end early, and of which one fails: a learning rate of 1e30 diverges."""
+    """A grid whose bad trials end early, and of which one fails: a learning rate of 1e30 diverges; told to MLflow."""
     config = changed(finished[0], space={"adapt.lr": RATES}, seeds=[0], stop_early=True, reduction=2.0, at_once=1)
+    config = config.model_copy(update={"tracking": Tracking()})
     return config, *swept(config)
 
 
@@ -158,6 +160,23 @@ def test_bad_trials_end_early(culled):
     stopped = outcome.table[outcome.table["status"] == "stopped"]
     assert set(stopped["step"]) == {2}
     assert stopped.index[0] > outcome.table.index[outcome.table["status"] == "finished"].max()
+
+
+def test_mlflow_has_the_sweep_and_each_of_its_trials_below_it(culled):
+    config, outcome, _ = culled
+    store = RunStore.open(config.tracking, open_place(config.results))
+    runs = store.client.search_runs([store.experiment_id])
+    (job,) = (run for run in runs if run.data.tags.get("job") == "tune")
+    trials = [run for run in runs if run.data.tags["kind"] == "trial"]
+    assert {run.data.tags[PARENT_TAG] for run in trials} == {job.info.run_id}
+    rows = outcome.table[outcome.table["status"] != "unadapted"]
+    told = {run.data.params["adapt.lr"]: (run.data.tags["status"], run.data.metrics.get("score")) for run in trials}
+    wanted = zip(rows["adapt.lr"], rows["status"], rows["score"], strict=True)
+    assert told == {str(rate): (status, None if pd.isna(score) else score) for rate, status, score in wanted}
+    best = outcome.table[outcome.table["status"] == "finished"].iloc[0]
+    assert (job.info.status, job.data.metrics["best_score"]) == ("FINISHED", best["score"])
+    sent = {file.path for file in store.client.list_artifacts(job.info.run_id, "report")}
+    assert sent == {f"report/{Path(file).name}" for file in outcome.files}
 
 
 def test_what_was_stopped_keeps_no_checkpoints(culled):
@@ -246,6 +265,12 @@ def test_the_commands_of_the_best_run_as_they_are_printed_and_train_nothing(fini
         asked.append((made.source, made.target, made.seed))
         assert (made.method, made.granularity, made.adapt.lr) == ("coda", best["granularity"], best["adapt.lr"])
     assert asked == [("a", "b", 0), ("a", "b", 1)]
+    # The file alone is as good: neither method nor granularity has to be told.
+    file = next(address for address in outcome.files if address.endswith("best.yaml"))
+    monkeypatch.setattr("sys.argv", ["jobs/adapt.py", "--config", file, "--source", "a", "--target", "b", "--seed", "1"])
+    assert adapt.main() == 0
+    names = {job["name"] for job in read_records(open_place(config.results), "jobs")}
+    assert f"coda a to b, per {best['granularity']}, seed 1" in names
     assert {path: path.stat().st_mtime_ns for kind in trained for path in results.glob(f"{kind}/**/*")} == before
 
 
@@ -358,6 +383,25 @@ def test_what_trials_stand_on_is_made_once_and_never_by_a_trial(finished, tmp_pa
     assert list(outcome.table["status"]).count("finished") == 2
     assert {file.name for file in before} >= {"done.json", "model.safetensors", "predictions.parquet"}
     assert shared(config) == before
+
+
+def test_points_drawn_at_random_are_scored_on_every_pair(finished):
+    config, _, _ = finished
+    space, pairs = {"adapt.lr": Range(low=1e-4, high=1e-2, log=True)}, [("a", "b"), ("b", "a")]
+    config = changed(config, pairs=pairs, seeds=[0], search="random", space=space, samples=2, score_every=0)
+    outcome, _ = swept(config)
+    tried = outcome.table[outcome.table["status"] == "finished"]
+    assert len(tried) == 2
+    assert tried["adapt.lr"].between(1e-4, 1e-2).all()
+    scores = pd.read_csv(next(file for file in outcome.files if file.endswith(SCORES)))
+    assert set(zip(scores["source"], scores["target"], strict=True)) == set(pairs)
+    for _, row in outcome.table.iterrows():
+        cells = scores[(scores["trial"] == row["key"]) & (scores["step"] == row["step"])]
+        assert len(cells) == 2
+        assert row["score"] == pytest.approx(cells["mean_entropy"].mean())
+    more, said = swept(changed(config, samples=3))
+    assert "3 trials, 2 of them finished before" in said
+    assert set(more.table["adapt.lr"]) > set(tried["adapt.lr"])
 
 
 def test_points_with_the_same_stages_are_one_trial(finished):

@@ -261,13 +261,46 @@ def test_a_changed_score_is_shown_even_where_it_fell(results, store, make_transf
     assert run.data.metrics["accuracy"] == 0.4
 
 
-def test_a_transfer_moves_under_its_newest_job(results, store, make_transfer):
+def parent_of(store, kind):
+    """Key and name in the description of the job that the one run of a kind is below."""
+    (run,) = runs_by_kind(store)[kind]
+    above = store.client.get_run(run.data.tags["mlflow.parentRunId"])
+    return above.data.tags["key"], run.data.tags.get("mlflow.note.content", "").partition("*")[2].partition("*")[0]
+
+
+def test_only_a_matrix_takes_what_another_job_has(results, store, make_transfer):
+    record = make_transfer("A", "B", "coda", 0)
+    jobs = [
+        read_record(results, "jobs/jobkey1.json") | {"key": key, "kind": kind, "name": f"job {key}"}
+        for key, kind in (("a", "adapt"), ("b", "matrix"), ("c", "adapt"), ("d", "tune"), ("e", "matrix"), ("f", "adapt"))
+    ]
+    owners = []
+    for job in jobs:
+        parent = store.job(job)
+        store.transfer(record, None, parent, job)
+        store.stage("dino-cb A", "aaaa", None, parent, job)
+        assert parent_of(store, "stage")[0] == parent_of(store, "transfer")[0]
+        owners.append(parent_of(store, "transfer"))
+    assert owners == [(key, f"job {key}") for key in "abbbee"]
+
+    # Of a job whose run a person deleted the next one takes over.
+    store.client.delete_run(store.job(jobs[4]))
+    store.transfer(record, None, store.job(jobs[5]), jobs[5])
+    assert parent_of(store, "transfer") == ("f", "job f")
+
+
+@pytest.mark.parametrize(("kinds", "owner"), [(("adapt", "tune"), 0), (("adapt", "matrix"), 1), (("matrix", "adapt"), 0)])
+def test_what_is_sent_later_gets_the_same_place(results, store, kinds, owner):
     job = read_record(results, "jobs/jobkey1.json")
-    first, second = store.job(job), store.job(job | {"key": "jobkey2"})
-    for parent in (first, second):
-        store.transfer(make_transfer("A", "B", "coda", 0), None, parent)
-    (run,) = runs_by_kind(store)["transfer"]
-    assert run.data.tags["mlflow.parentRunId"] == second != first
+    results.delete("jobs/jobkey1.json")
+    for number, kind in enumerate(kinds):
+        path = f"jobs/job{number}.json"
+        results.write(path, json.dumps(job | {"key": f"job{number}", "kind": kind, "name": f"job {number}"}).encode())
+        os.utime(results.path(path), (1e9 + number, 1e9 + number))
+    for _ in range(2):
+        sync(results, store)
+        parents = {run.data.tags["mlflow.parentRunId"] for kind in ("transfer", "stage") for run in runs_by_kind(store)[kind]}
+        assert [store.client.get_run(parent).data.tags["key"] for parent in parents] == [f"job{owner}"]
 
 
 def test_a_run_that_a_lost_answer_doubled_is_taken_away(results, store, make_transfer):

@@ -78,7 +78,7 @@ def sync(results: Folder, store: RunStore, progress: Callable[[int, int], None] 
     trials = [record for sweep in results.names("sweeps") for record in read_records(results, f"sweeps/{sweep}")]
     courses = [record for job in results.names("online") for record in read_records(results, f"online/{job}")]
     plates = read_watched(results)
-    done, total = 0, sum(map(len, (jobs, transfers, stages, trials, courses, plates)))
+    done, total = 0, sum(len(kind) for kind in (jobs, transfers, stages, trials, courses, plates))
 
     def advance() -> None:
         nonlocal done

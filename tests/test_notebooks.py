@@ -108,7 +108,8 @@ def test_it_runs_as_it_stands_and_leaves_nothing_running(path, desk):
     address = ray.get_runtime_context().gcs_address
     notebook = executed(path, desk, RAY_ADDRESS=address, PYTHONPATH=str(ROOT))
     assert not [text for text in texts(notebook) if "Traceback" in text]
-    if REAL_IMAGES.exists():
+    # Without the real cells notebook 03 has a picture less.
+    if REAL_IMAGES.exists() or not path.stem.startswith("03"):
         assert shapes(notebook) == shapes(nbformat.read(path, as_version=4))
     _, left = psutil.wait_procs(set(here.children(recursive=True)) - before, timeout=GONE_WITHIN_S)
     assert not [process.name() for process in left]

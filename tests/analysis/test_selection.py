@@ -1,10 +1,12 @@
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.selection import judge, judge_together
+from benchmarks.selection import judge, judge_together, main
 from coda_ray.analysis.selection import CRITERIA, agreement, mean_entropy, mutual_information, rank_me
 
 
@@ -165,3 +167,11 @@ def test_one_state_for_all_transfers_is_chosen_by_the_mean_over_them():
     assert judge_together(scores, "oracle_accuracy").set_index(["way", "method"]).loc[("replicate_map", "oda"), "regret"] == 0
     with pytest.raises(ValueError, match="no state was scored on every transfer"):
         judge_together(scores.iloc[[0, 8]], "oracle_accuracy")
+
+
+def test_the_tables_of_the_study_are_those_of_its_scores(capsys):
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    assert main([str(docs / "tables" / "selection.csv")]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(printed) > 2 * len(CRITERIA)
+    assert "\n".join(printed) in re.sub(r"\n\n[^|]*\n\n(?=\| choose by)", "\n", (docs / "selection.md").read_text())

@@ -174,7 +174,7 @@ def test_two_transfers_are_compared(page, site, shoot):
     shoot(page, "mlflow_compare")
 
 
-def test_parallel_coordinates_show_values_against_the_score(page, site, shoot):
+def test_parallel_coordinates_and_scatter_plots_show_the_trials(page, site, shoot):
     sweep = site.job("tune")
     trials = site.trials(sweep)
     page.goto(site.runs_page("tags.kind%20%3D%20'trial'"))
@@ -188,6 +188,11 @@ def test_parallel_coordinates_show_values_against_the_score(page, site, shoot):
     axes = {text.strip() for text in plot.locator(".axis-title").all_text_contents()}
     assert {*sweep["config"]["tune"]["space"], "score"} <= axes
     shoot(page, "mlflow_sweep")
+    page.get_by_role("tab", name="Scatter Plot").click()
+    scattered = page.locator(".js-plotly-plot").filter(has=page.locator(".xtitle", has_text="adapt.lr"))
+    scattered.wait_for()
+    shown = scattered.evaluate("plot => plot.data.flatMap(points => [...points.x])")
+    assert sorted(map(float, shown)) == sorted(record["point"]["adapt.lr"] for record in trials)
 
 
 def test_the_heat_map_opens_as_a_picture(page, site, shoot):

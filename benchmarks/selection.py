@@ -23,7 +23,7 @@ ORACLE = "oracle_accuracy"
 STATE = ["trial", "step"]
 PAIR = ["source", "target"]
 GROUP = [*PAIR, "method"]
-BEST, RANDOM, START = "the best (oracle)", "any state at random", "unadapted"
+BEST = "the best (oracle)"
 # Of the second table, the column over all methods.
 ALL = "all"
 
@@ -107,10 +107,8 @@ def judge_together(scores: pd.DataFrame, oracle: str) -> pd.DataFrame:
     """
     values = [*CRITERIA, oracle]
     state = ["method", *STATE]
-    by_pair = scores.groupby([*state, *PAIR], sort=False)[values].mean()
-    means = by_pair.groupby(state, sort=False)[values].agg(lambda column: column.mean(skipna=False)).reset_index()
-    counts = by_pair.groupby(state, sort=False).size().to_numpy()
-    whole = means[counts == len(scores[PAIR].drop_duplicates())]
+    by_state = scores.groupby([*state, *PAIR], sort=False)[values].mean().groupby(state, sort=False)
+    whole = by_state.mean(skipna=False)[by_state.size() == len(scores[PAIR].drop_duplicates())].reset_index()
     if whole.empty:
         raise ValueError("no state was scored on every transfer; finish the sweep, or give one with a single set of pairs")
     rows = [
@@ -124,7 +122,7 @@ def judge_together(scores: pd.DataFrame, oracle: str) -> pd.DataFrame:
 def _judged(states: pd.DataFrame, oracle: str) -> Iterator[tuple[str, float, float, float]]:
     """Give rank correlation, accuracy of the chosen and regret of every way to choose among some states."""
     truth = states[oracle].to_numpy() * 100
-    plain = {START: truth[states["step"] == 0].mean(), RANDOM: truth.mean(), BEST: truth.max()}
+    plain = {"unadapted": truth[states["step"] == 0].mean(), "any state at random": truth.mean(), BEST: truth.max()}
     for name, value in plain.items():
         yield name, np.nan, value, truth.max() - value
     for name, direction in CRITERIA.items():

@@ -738,10 +738,10 @@ class Tune(Section):
     pairs: list[tuple[str, str]] = []
     """Source and target of the adaptations, such as [["source_3", "source_7"]]; a trial's score is the mean over them."""
     method: Literal["oda-mae", "oda", "coda", "tent"] = "coda"
-    """What is adapted by, where the space does not search it; of jobs/adapt.py too, where it is not told."""
+    """What is adapted by, where the space does not search it, or jobs/adapt.py is not told."""
     granularity: Granularity = "source"
-    """Unit of adaptation, as method. With batch or plate every unit gets a model of its own, which reads
-    that unit; a trial is scored on all of them together."""
+    """Unit of adaptation, as for method. With batch or plate every unit gets a model of its own, which reads that unit; a trial
+    is scored on all of them together."""
     seeds: list[Annotated[int, Field(ge=0)]] = [0]
     """Seeds of each adaptation; with several, a trial's score has a standard deviation."""
     space: dict[str, list[bool | int | float | str] | Range] = {}
@@ -1043,6 +1043,8 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         name = ".".join(path) or "config"
         option = f"--{name.replace('_', '-')}"
         message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "default_factory_not_called":  # for another field is wrong, which has a line of its own
+            continue
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(path[-1], _fields_at(model, path[:-1]), n=1)
             message = f"there is no such field{f'; did you mean {near[0]!r}?' if near else ''}"

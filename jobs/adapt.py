@@ -1,10 +1,23 @@
 """Adapt a model from one source to one target, score it before and after, and log it to MLflow."""
 
 import sys
+from typing import Any
 
 from pydantic import Field
 
 from coda_ray.config import Config, Granularity, Method, parse_job
+
+
+def tune_method(known: dict[str, Any]) -> Method:
+    """Method that a sweep chose, or searches with."""
+    method: Method = known["tune"].method
+    return method
+
+
+def tune_granularity(known: dict[str, Any]) -> Granularity:
+    """Granularity that a sweep chose, or searches with."""
+    granularity: Granularity = known["tune"].granularity
+    return granularity
 
 
 class AdaptJob(Config):
@@ -14,10 +27,10 @@ class AdaptJob(Config):
     """Source whose model is adapted."""
     target: str
     """Target that it is adapted to."""
-    method: Method | None = None
+    method: Method = Field(default_factory=tune_method)
     """Row of the result matrix; a method that adapts or corrects is scored beside the model that it starts from. Unset,
     tune.method, so that the best.yaml of a sweep is adapted with as it is."""
-    granularity: Granularity | None = None
+    granularity: Granularity = Field(default_factory=tune_granularity)
     """Unit of adaptation: the whole target, each of its batches, or each of its plates; unset, tune.granularity."""
     seed: int = Field(0, ge=0)
     """Seed of weights, samples and views."""
@@ -29,9 +42,8 @@ def main() -> int:
     from coda_ray.pipeline.report import run_job
     from coda_ray.pipeline.transfer import Request
 
-    method, granularity = job.method or job.tune.method, job.granularity or job.tune.granularity
-    request = Request(job.source, job.target, method, granularity, job.seed, job.split)
-    name = f"{method} {job.source} to {job.target}, per {granularity}, seed {job.seed}"
+    request = Request(job.source, job.target, job.method, job.granularity, job.seed, job.split)
+    name = f"{job.method} {job.source} to {job.target}, per {job.granularity}, seed {job.seed}"
     return run_job(job, [request], kind="adapt", name=name)
 
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from coda_ray.config import SUBMITTED, Config, ConfigError, build_config, dump_config, parse_job, steps_of, told_in_one_line
+from jobs.adapt import AdaptJob
 
 
 def test_defaults_are_the_papers():
@@ -58,6 +59,24 @@ def test_a_dumped_config_reads_back(tmp_path):
 def test_a_wrong_value_is_told_with_field_value_and_remedy(overrides, told):
     with pytest.raises(ConfigError, match=told):
         build_config(Config, None, overrides)
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ([], ("coda", "source")),
+        (["--tune.method", "oda", "--tune.granularity", "batch"], ("oda", "batch")),
+        (["--tune.method", "oda", "--method", "tent", "--granularity", "plate"], ("tent", "plate")),
+    ],
+)
+def test_what_a_sweep_chose_is_adapted_with_where_nothing_else_is_told(options, chosen):
+    job = build_config(AdaptJob, None, ["--source", "a", "--target", "b", *options])
+    assert (job.method, job.granularity) == chosen
+
+
+def test_of_a_wrong_field_those_that_follow_it_are_not_told():
+    with pytest.raises(ConfigError, match=r"^tune\.method = 'codaa': [^\n]*$"):
+        build_config(AdaptJob, None, ["--source", "a", "--target", "b", "--tune.method", "codaa"])
 
 
 def test_an_unknown_field_gets_its_nearest_name(tmp_path):

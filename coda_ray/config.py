@@ -6,10 +6,11 @@ they are the settings of the CODA paper (WACV 2024, arXiv 2311.12623) wherever t
 
 import argparse
 import difflib
+import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -147,10 +148,11 @@ def _check_duration(value: int | str) -> int | str:
     try:
         amount = float(number)
     except ValueError:
-        amount = -1.0
-    if amount < 0 or unit not in ("", "step", "steps", "epoch", "epochs") or (not unit and not amount.is_integer()):
+        amount = math.nan
+    in_steps = unit in ("", "step", "steps")
+    if not (0 <= amount < math.inf) or not (amount.is_integer() if in_steps else unit in ("epoch", "epochs")):
         raise ValueError("give a number of steps (400) or of epochs ('300 epochs')")
-    return int(amount) if unit in ("", "step", "steps") else value.strip()
+    return int(amount) if in_steps else value.strip()
 
 
 Duration = Annotated[int | str, AfterValidator(_check_duration)]
@@ -529,7 +531,7 @@ class Train(Section):
     knn_every: int = Field(0, ge=0)
     """Steps between k-NN scores of the teacher in pre-training (source labels); 0 turns them off."""
     max_failures: int = Field(3, ge=0)
-    """How often a stage restarts after losing a worker."""
+    """How often a group of workers starts again, from its newest checkpoint, after one of them was lost or failed."""
 
     @property
     def worker_range(self) -> tuple[int, int]:
@@ -775,6 +777,11 @@ class Tune(Section):
         empty = sorted(name for name, domain in self.space.items() if domain == [])
         if empty:
             raise ValueError(f"tune.space.{empty[0]} is empty; give values, or low and high")
+        itself = [source for source, target in self.pairs if source == target]
+        if itself:
+            raise ValueError(
+                f"tune.pairs = {self.pairs}: {itself[0]!r} is adapted to itself; give it another target, or leave it out"
+            )
         return self
 
 
@@ -867,11 +874,11 @@ class Config(Section):
             ("adapt", "minibatch_unit"),
             ("tent", "minibatch"),
         ):
-            weight = {"pretrain": self.dino.koleo_weight, "adapt": self.adapting.koleo_weight}.get(stage, 0)
-            koleo = weight > 0
+            koleo = {"pretrain": self.dino.koleo_weight, "adapt": self.adapting.koleo_weight}.get(stage, 0) > 0
             least, given = (2 if koleo else 1) * most, getattr(getattr(self, stage), field)
             if given is not None and given < least:
-                why = f"{most} worker(s) of train.workers" + (" and 2 samples for each, by dino.koleo_weight," if koleo else "")
+                its = "adapt.dino" if stage == "adapt" and self.adapt.dino.koleo_weight is not None else "dino"
+                why = f"{most} worker(s) of train.workers" + (f" and 2 samples for each, by {its}.koleo_weight," if koleo else "")
                 raise ValueError(f"{stage}.{field} = {given}: {why} need {least} or more")
         return self
 
@@ -1002,12 +1009,24 @@ def build_config(
         source: CliSettingsSource[Any] = CliSettingsSource(
             Job, root_parser=parser, cli_parse_args=_dashed(overrides), parse_args_method=parse
         )
+        _drop_replaced(values, given, model)
         job = Job(_cli_settings_source=source, **values)
         return model.model_validate(job.model_dump(), context={"job": True})
     except ValidationError as error:
         raise ConfigError(_explain(error, model)) from None
     except SettingsError as error:
-        raise ConfigError(_explain_unread(error, given)) from None
+        raise ConfigError(_explain_unread(error, given, model)) from None
+
+
+def _drop_replaced(values: dict[str, Any], given: Mapping[str, Any], model: type[BaseModel]) -> None:
+    """Drop the mappings of the file that an option gives: it stands in their place, as with lists, and is not mixed with them."""
+    for name in given:
+        *path, field = name.split(".")
+        section: Any = values
+        for part in path:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(section.get(field), dict) and not _fields_at(model, [*path, field]):
+            del section[field]
 
 
 def _dashed(arguments: Sequence[str]) -> list[str]:
@@ -1055,8 +1074,10 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
             # A rule about several fields; its text names them.
             lines.append(f"{message}; remedy: correct the option or the configuration file (see --help)")
             continue
-        value = problem["input"]
-        shown = "" if problem["type"] in (_KEYS, "extra_forbidden") or isinstance(value, dict) else f" = {value!r}"
+        elif fields := _fields_at(model, path):
+            lines.append(_explain_section(name, fields))
+            continue
+        shown = "" if problem["type"] in (_KEYS, "extra_forbidden") else _shown(problem["input"])
         lines.append(f"{name}{shown}: {message}; remedy: correct {option} or the configuration file (see --help)")
     return "\n".join(lines)
 
@@ -1071,15 +1092,28 @@ def _explain_unknown(arguments: Sequence[str], options: Sequence[str]) -> str:
     return "\n".join(lines) or f"{arguments[0]!r} belongs to no option; remedy: write --section.field VALUE (see --help)"
 
 
-def _explain_unread(error: SettingsError, given: dict[str, Any]) -> str:
+def _explain_section(name: str, fields: Sequence[str]) -> str:
+    """One line for a section that was given a value of its own, which may be an address with keys and stays out."""
+    option = f"--{name}.{fields[0]}".replace("_", "-")
+    return f"{name}: this is a section; remedy: give its fields, as {option} VALUE or {name}: {{{fields[0]}: VALUE}} (see --help)"
+
+
+def _shown(value: Any) -> str:
+    """Repeat a value that was given, unless it is long or may hold keys, which stand before an @."""
+    return "" if isinstance(value, dict) or "@" in str(value) else f" = {value!r}"
+
+
+def _explain_unread(error: SettingsError, given: dict[str, Any], model: type[BaseModel]) -> str:
     """One line for an option whose text is no list, mapping or section."""
     named = re.search(r'(?:encountered for |value for field ")([\w.]+)', str(error))
     if not named:
         return str(error)
+    if fields := _fields_at(model, named[1].split(".")):
+        return _explain_section(named[1], fields)
     value = given.get(named[1])
-    shown = " ".join(value) if isinstance(value, list) else value
+    shown = _shown(" ".join(value) if isinstance(value, list) else value)
     return (
-        f"{named[1]} = {shown!r}: cannot be read; remedy: give --{named[1].replace('_', '-')} a list as a,b or [a,b], "
+        f"{named[1]}{shown}: cannot be read; remedy: give --{named[1].replace('_', '-')} a list as a,b or [a,b], "
         "a mapping as name=value (see --help)"
     )
 

@@ -5,7 +5,17 @@ import sys
 import pytest
 import yaml
 
-from coda_ray.config import SUBMITTED, Config, ConfigError, build_config, dump_config, parse_job, steps_of, told_in_one_line
+from coda_ray.config import (
+    SUBMITTED,
+    Config,
+    ConfigError,
+    Range,
+    build_config,
+    dump_config,
+    parse_job,
+    steps_of,
+    told_in_one_line,
+)
 from jobs.adapt import AdaptJob
 
 
@@ -37,6 +47,9 @@ def test_a_dumped_config_reads_back(tmp_path):
     [
         (["--adapt.lr", "-1"], r"adapt\.lr = '-1'.*greater than 0.*--adapt\.lr"),
         (["--pretrain.steps", "many"], r"pretrain\.steps = 'many'.*300 epochs"),
+        (["--pretrain.steps", "inf steps"], r"pretrain\.steps = 'inf steps': give a number"),
+        (["--pretrain.steps", "nan epochs"], r"pretrain\.steps = 'nan epochs': give a number"),
+        (["--pretrain.steps", "400.7 steps"], r"pretrain\.steps = '400\.7 steps': give a number"),
         (["--views.size-local", "500"], r"size_local <= size_global <= tile_crop"),
         (["--views.size-local", "90"], r"views\.size_local = 90 is no multiple of the model's patch of 16 px"),
         (["--train.workers", "two"], r"train\.workers = 'two'"),
@@ -44,7 +57,13 @@ def test_a_dumped_config_reads_back(tmp_path):
         (["--train.workers", "0-3"], r"train\.workers = '0-3': give 0"),
         (["--train.workers", "1-4", "--classify.minibatch", "3"], r"classify\.minibatch = 3: 4 worker.* need 4"),
         (["--train.workers", "2", "--adapt.minibatch-unit", "1"], r"adapt\.minibatch_unit = 1: 2 worker"),
-        (["--dino.koleo-weight", "0.1", "--pretrain.minibatch", "1"], r"pretrain\.minibatch = 1: .*koleo_weight, need 2"),
+        (
+            ["--dino.koleo-weight", "0.1", "--pretrain.minibatch", "1"],
+            r"pretrain\.minibatch = 1: .*by dino\.koleo_weight, need 2",
+        ),
+        (["--adapt.dino.koleo-weight", "0.1", "--adapt.minibatch", "1"], r"adapt\.minibatch = 1: .*by adapt\.dino\.koleo_weight"),
+        (["--tiles", "s3://b/x"], r"tiles: this is a section; remedy: .*--tiles\.address VALUE"),
+        (["--watch.policy", "who@where"], r"^watch\.policy: "),
         (["--model.arch", "vit", "--model.heads", "5"], r"model\.width = \d+ is no multiple of model\.heads = 5"),
         (["--matrix.seeds", "[0,"], r"matrix\.seeds = '\[0,'.*--matrix\.seeds"),
         (["--matrix.seeds", "0,-1"], r"matrix\.seeds = -1: .*greater than or equal to 0.*--matrix\.seeds "),
@@ -104,6 +123,29 @@ def test_keys_in_an_address_are_refused_and_not_repeated(name, value):
         build_config(Config, None, [f"--{name}", value])
     assert "user:" not in str(refusal.value)
     assert "ss@" not in str(refusal.value)
+
+
+def test_a_mapping_given_as_an_option_stands_in_place_of_the_files(tmp_path):
+    file, space = tmp_path / "c.yaml", {"granularity": ["source"], "adapt.lr": {"low": 1e-5, "high": 1e-3, "log": True}}
+    file.write_text(yaml.safe_dump({"tune": {"space": space, "samples": 3}, "held_out": {"a": "p1", "b": "p2"}}))
+    options = ["--tune.space", '{"adapt.lr": {"low": 1, "high": 2}}', "--held-out", "c=p3", "--held-out", "d=p4"]
+    config = build_config(Config, str(file), options)
+    assert config.tune.space == {"adapt.lr": Range(low=1, high=2)}
+    assert config.held_out == {"c": "p3", "d": "p4"}
+    assert config.tune.samples == 3
+    assert build_config(Config, str(file)).held_out == {"a": "p1", "b": "p2"}
+
+
+@pytest.mark.parametrize(
+    "given", ["s3://user:pass@bucket/x", "{address: s3://user:pass@bucket", '{"address": "s3://user:pass@b"}']
+)
+def test_keys_given_to_a_section_are_not_repeated(tmp_path, given):
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({"results": given, "metadata": [given]}))
+    for source in ((str(file), []), (None, ["--results", given]), (None, [f"--metadata={given}"])):
+        with pytest.raises(ConfigError, match=r"results|metadata") as refusal:
+            build_config(Config, *source)
+        assert "pass@" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(

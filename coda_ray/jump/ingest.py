@@ -9,7 +9,7 @@ One Ray Data pipeline, in which plates overlap freely:
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -71,6 +71,8 @@ class IngestSummary:
         Plates finished by this run.
     plates_before
         Chosen plates that were finished already.
+    annotated
+        How many of those got other compounds, controls or labels, because the tables have changed.
     left_out
         Chosen plates without an image list that can be read.
     tiles
@@ -88,6 +90,7 @@ class IngestSummary:
     store: str
     plates: int
     plates_before: int
+    annotated: int
     left_out: int
     tiles: int
     quarantined: dict[str, int]
@@ -97,10 +100,13 @@ class IngestSummary:
 
     def text(self) -> str:
         """Several lines for people."""
-        absent = [f"{self.left_out} chosen plates were left out: no image list of theirs can be read"] if self.left_out else []
+        notes = [f"{self.annotated} finished plates were annotated anew from the tables"] if self.annotated else []
+        if self.left_out:
+            notes.append(f"{self.left_out} chosen plates were left out: no image list of theirs can be read")
+        notes += self._note_lines()
         if not self.plates:
-            head = [f"nothing to do: {self.plates_before} plates are in {self.store}"]
-            return "\n".join(head + absent + self._note_lines())
+            nothing = "no image to read" if self.annotated else "nothing to do"
+            return "\n".join([f"{nothing}: {self.plates_before} plates are in {self.store}", *notes])
         took = max(self.seconds, 1e-9)
         bad = sum(self.quarantined.values())
         sites = self.tiles + bad
@@ -110,10 +116,9 @@ class IngestSummary:
         ]
         if self.plates_before:
             lines.append(f"{self.plates_before} plates were finished before")
-        lines += absent
         lines.append(f"{bad} sites quarantined" + (":" if bad else ""))
         lines += [f"  {count:6d}  {reason}" for reason, count in _worst(self.quarantined)]
-        return "\n".join(lines + self._note_lines())
+        return "\n".join(lines + notes)
 
     def _note_lines(self) -> list[str]:
         """Give the first of many notes, a line each."""
@@ -146,6 +151,8 @@ class _Work:
 
 def run_ingest(config: Config, report: Callable[[Progress], None]) -> IngestSummary:
     """Prepare the tiles of every chosen plate that is not finished yet.
+
+    Finished plates are annotated anew, without their images, where the tables have come or changed since.
 
     Parameters
     ----------
@@ -182,6 +189,7 @@ def run_ingest(config: Config, report: Callable[[Progress], None]) -> IngestSumm
         plates = _read_lists(bucket, config.ingest, todo, notes)
     if not plates and not before:
         raise IngestError("no image list was found for any chosen plate; " + "; ".join(notes[:3]))
+    annotated = _annotate_finished({name: lists[name] for name in before}, store, tables, config.ingest.threads)
     for plate in plates:
         _complete(plate, tables, bucket, config.ingest)
     run = _Run(plates, store, config.ingest.max_bad_share, list(before.values()), report)
@@ -189,7 +197,7 @@ def run_ingest(config: Config, report: Callable[[Progress], None]) -> IngestSumm
         for block in _pipeline(plates, bucket, store, config.ingest, tables):
             run.take(block)
         run.check_complete()
-    return run.summary(notes, left_out=len(todo) - len(plates))
+    return run.summary(notes, left_out=len(todo) - len(plates), annotated=annotated)
 
 
 def _chosen(tables: Tables, ingest: Ingest) -> list[PlateName]:
@@ -247,6 +255,29 @@ def _check_pixel_sizes(names: Sequence[PlateName], tables: Tables, ingest: Inges
             f"ingest.pixel_size_um = {ingest.pixel_size_um}: microscope_config.csv has no pixel size of {unknown[0]!r}; "
             "add it there, or unset the option"
         )
+
+
+def _annotate_finished(lists: Mapping[PlateName, pd.DataFrame | None], store: TileStore, tables: Tables, threads: int) -> int:
+    """Bring the annotations of finished plates up to date, and count the plates that changed.
+
+    A column of which tables and list say nothing at all stays: they were there once, and are not at hand today.
+    """
+
+    def update(name: PlateName) -> bool:
+        path, listed = store.plate_path(*name), lists[name]
+        index = store.plate_index(path)
+        sites = index[list(METADATA)]
+        if listed is not None:
+            given = [column for column in ANNOTATIONS if column in listed]
+            sites = sites.merge(listed[[*METADATA, *given]].drop_duplicates(list(METADATA)), how="left")
+        now = annotate(sites, tables)[list(ANNOTATIONS)].dropna(axis="columns", how="all") if len(sites) else sites[[]]
+        if now.fillna("").eq(index[list(now)].fillna("")).to_numpy().all():
+            return False
+        store.write_plate_index(path, index.assign(**now))
+        return True
+
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(update, lists))
 
 
 def _complete(plate: _Plate, tables: Tables, bucket: Folder, ingest: Ingest) -> None:
@@ -391,6 +422,8 @@ class _SiteRenderer:
         if self.shape is None or image.shape != self.facts.shape:
             plate = "x".join(map(str, self.facts.shape or ()))
             raise BadImageError(f"image is {image.shape[0]}x{image.shape[1]} px, those of its plate {plate or 'unknown'}")
+        if channel not in self.facts.caps:
+            raise BadImageError(f"no sampled image of channel {channel} has its plate's shape, so its brightness is unknown")
         listed = site.get(f"Illum_{channel}")
         used = self.facts.illumination[channel][listed if isinstance(listed, str) else ""]
         corrected = correct(image, self.functions.get(channel, used), self.shape)
@@ -446,7 +479,7 @@ class _Run:
         if lost:
             raise IngestError(f"{'/'.join(lost[0])}: {len(lost)} plates did not come back whole; run the ingest again")
 
-    def summary(self, notes: list[str], left_out: int) -> IngestSummary:
+    def summary(self, notes: list[str], left_out: int, annotated: int) -> IngestSummary:
         """Sum up."""
         seconds = time.monotonic() - self.progress.started
         notes = notes + [f"{'/'.join(plate.name)}: {note}" for plate in self.plates for note in plate.notes]
@@ -455,6 +488,7 @@ class _Run:
             store=self.store.folder.address(),
             plates=self.progress.plates_done,
             plates_before=self.plates_before,
+            annotated=annotated,
             left_out=left_out,
             tiles=tiles,
             quarantined=dict(self.reasons),

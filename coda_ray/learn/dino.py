@@ -189,6 +189,8 @@ class CollapseGuard:
         Consecutive log points out of bounds before the guard acts.
     action
         `stop` raises, `warn` logs once per spell out of bounds, `off` does nothing.
+    section
+        Section of the configuration that its advice names.
     """
 
     def __init__(
@@ -199,6 +201,7 @@ class CollapseGuard:
         ceiling: float,
         patience: int,
         action: Literal["stop", "warn", "off"],
+        section: str = "dino",
     ) -> None:
         if action not in ("stop", "warn", "off"):
             raise ValueError(f"dino.collapse = {action!r}: choose stop, warn or off")
@@ -207,6 +210,7 @@ class CollapseGuard:
         self.ceiling = ceiling
         self.patience = patience
         self.action = action
+        self.section = section
         self.spell = 0
 
     def watch(self, step: int, per_sample: float, of_mean: float) -> None:
@@ -234,12 +238,12 @@ class CollapseGuard:
         if of_mean < self.floor * self.scale:
             return (
                 f"all samples fall on few prototypes (entropy of the mean output {of_mean:.4f} nats, floor "
-                f"{self.floor * self.scale:.4f}); raise dino.teacher_temperature or use Sinkhorn centering"
+                f"{self.floor * self.scale:.4f}); raise {self.section}.teacher_temperature, or take Sinkhorn centering"
             )
         if self.ceiling < 1 and per_sample > self.ceiling * self.scale:
             return (
                 f"its outputs are uniform ({per_sample:.4f} nats, ceiling {self.ceiling * self.scale:.4f}); "
-                "lower dino.teacher_temperature or dino.out_dim, or raise the learning rate"
+                f"lower {self.section}.teacher_temperature or raise the learning rate"
             )
         return None
 

@@ -289,14 +289,17 @@ class Watcher:
             return register(self.config, name, export.files, export.model.key, origin).address
         except RegistryError as error:
             stage, classifier = choice.stage, self.models.base.classifier.path
-            by_hand = f"jobs/export.py {self._config_option()} --register {name} --stage {stage} --classifier {classifier}"
+            by_hand = f"jobs/export.py {self._results_options()} --register {name} --stage {stage} --classifier {classifier}"
             self.say(f"{error}; the plate goes on without, and {by_hand} does it later")
             return None
 
-    def _config_option(self) -> str:
-        """Give the option of the watcher's own command that names its configuration."""
+    def _results_options(self) -> str:
+        """Give the options by which another job finds these results: the configuration's file, and where they are."""
         words = [part for word in shlex.split(self.models.command) for part in word.split("=", 1)]
-        return next((f"--config {shlex.quote(file)}" for word, file in pairwise(words) if word == "--config"), "--config FILE")
+        file = next((file for word, file in pairwise(words) if word == "--config"), "FILE")
+        place = self.config.results.model_dump(exclude_defaults=True)
+        options = [("--config", file), *((f"--results.{name.replace('_', '-')}", str(value)) for name, value in place.items())]
+        return " ".join(f"{option} {shlex.quote(value)}" for option, value in options)
 
     def _report(self, journey: Journey) -> Reached:
         """Keep the record of a plate, and send it with its picture to MLflow."""

@@ -51,7 +51,7 @@ def criteria(config: Config, index: TileIndex, evaluation: Stage, trained: Seque
     """Plan the label-free criteria of one model; `analysis.selection.CRITERIA` says which way each is better.
 
     Facts of the finished stage: `criteria` (every name of CRITERIA; None where the data have nothing to measure), `reasons` (of
-    those), tiles, seconds. Batches are compared within a compound, not within a mechanism as in the scores of transfers.
+    those), tiles, seconds. Where scores of transfers look within a mechanism (kBET, silhouette), these look within a compound.
 
     Parameters
     ----------

@@ -75,8 +75,8 @@ def mae_objective(config: Config, *, channels: int, seed: int) -> MaeObjective:
     return MaeObjective(masked_autoencoder(config, channels=channels), recipe=recipe(config), seed=seed)
 
 
-def collapse_guard(config: Config) -> CollapseGuard:
-    """Build the guard of the teacher's entropy."""
+def collapse_guard(config: Config, *, section: str) -> CollapseGuard:
+    """Build the guard of the teacher's entropy; its advice names a section of the configuration."""
     dino = config.dino
     return CollapseGuard(
         dino.out_dim,
@@ -84,6 +84,7 @@ def collapse_guard(config: Config) -> CollapseGuard:
         ceiling=dino.collapse_ceiling,
         patience=dino.collapse_patience,
         action=dino.collapse,
+        section=section,
     )
 
 

@@ -38,7 +38,7 @@ from coda_ray.pipeline.profile import WELL_ID, well_profiles
 from coda_ray.pipeline.task import cause_of, room
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import COMPOUND, TileIndex, TileStore, table_bytes
-from coda_ray.tiles.stream import Health, UnreadableTilesError, sample_dataset
+from coda_ray.tiles.stream import MEND_TILES, Health, UnreadableTilesError, sample_dataset
 from coda_ray.tracking.figures import figure_png
 from coda_ray.tracking.plate_figures import plate_figure
 from coda_ray.tracking.records import READS_AT_A_TIME
@@ -402,8 +402,8 @@ def _run(
     if lost:
         why = "; ".join(f"{path}: {reason}" for path, reason in lost.items())
         raise UnreadableTilesError(
-            f"no tile of {len(lost)} plate(s) could be read, so they have no tables; the others are finished; mend the tile "
-            f"store (run jobs/ingest.py) and start again: {why}"
+            f"no tile of {len(lost)} plate(s) could be read, so they have no tables; the others are finished; {MEND_TILES}, "
+            f"and start again: {why}"
         )
     return health.bad
 

@@ -1,7 +1,6 @@
 """Optuna's choice of the points of a sweep, for Ray Tune: each trial once, with what earlier drivers found."""
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any
 
 import optuna
@@ -9,14 +8,12 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray.tune.search import Searcher
 
-from coda_ray.config import Config, Range
-from coda_ray.pipeline.space import POINT, Domain, Point, points_of
+from coda_ray.config import Config, ConfigError, Range
+from coda_ray.pipeline.space import POINT, Domain, Point, known_points
 from coda_ray.pipeline.trial import ENDED, Trial
 
 # Suggestions in a row that are trials already, before another is looked for in the list of all, or the search ends.
 MOST_KNOWN = 20
-# Combinations of lists that are looked through for the trials that they make.
-MOST_LISTED = 500
 
 
 class OptunaSearcher(Searcher):
@@ -92,7 +89,11 @@ class OptunaSearcher(Searcher):
     def _take(self, trial_id: str, asked: optuna.Trial, trial: Trial) -> dict[str, Point]:
         """Begin a trial."""
         self.trials.add(trial.key)
-        self._running[trial_id] = asked, trial.steps
+        try:
+            steps = trial.steps
+        except ConfigError:  # of values that do not go together: it will fail, and tell why
+            steps = 0
+        self._running[trial_id] = asked, steps
         return {POINT: trial.point}
 
     def _found(self, record: Mapping[str, Any]) -> FrozenTrial:
@@ -108,11 +109,7 @@ class OptunaSearcher(Searcher):
 
     def _listed(self) -> dict[str, Point]:
         """List every trial of a space of lists, by its key; none where there are ranges or very many combinations."""
-        space = self.config.tune.space
-        lists = [domain for domain in space.values() if isinstance(domain, list)]
-        if len(lists) < len(space) or prod(len(values) for values in lists) > MOST_LISTED:
-            return {}
-        points = points_of(self.config.tune.model_copy(update={"search": "grid"}))
+        points = known_points(self.config.tune)
         return {Trial.at(self.config, self.sweep, point).key: point for point in reversed(points)}
 
 

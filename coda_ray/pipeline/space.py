@@ -15,6 +15,8 @@ OWN = ("method", "granularity")
 SECTIONS = ("adapt", "tent")
 # Name of a trial's values, in its record and in what Tune hands to it.
 POINT = "point"
+# Combinations of lists that are looked through for the trials that they make.
+MOST_LISTED = 500
 Point = dict[str, Any]
 Domain = list[Any] | Range
 
@@ -69,6 +71,16 @@ def points_of(settings: Tune) -> list[Point]:
          for place, (name, domain) in enumerate(settings.space.items())}
         for number in range(settings.samples)
     ]  # fmt: skip
+
+
+def known_points(settings: Tune) -> list[Point]:
+    """List the points that a sweep will try, where they are known before: Optuna's only of lists, and of few combinations."""
+    if settings.search != "optuna":
+        return points_of(settings)
+    ranges = len(_lists(settings)) < len(settings.space)
+    if ranges or math.prod(len(values) for values in _lists(settings)) > MOST_LISTED:
+        return []
+    return points_of(settings.model_copy(update={"search": "grid"}))
 
 
 def own_points(settings: Tune) -> list[Point]:

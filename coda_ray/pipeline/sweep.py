@@ -19,7 +19,7 @@ from coda_ray.config import Config, ConfigError, dump_config
 from coda_ray.pipeline.matrix import raise_failures, run_stages
 from coda_ray.pipeline.record import job_record, write_job
 from coda_ray.pipeline.searcher import OptunaSearcher
-from coda_ray.pipeline.space import OWN, POINT, Point, config_at, corners, lengths, own_points, points_of
+from coda_ray.pipeline.space import OWN, POINT, Point, config_at, corners, known_points, lengths, own_points, points_of
 from coda_ray.pipeline.stage import Stage, with_needs
 from coda_ray.pipeline.task import check_resources, room
 from coda_ray.pipeline.trial import ENDED, ORACLE, ORACLES, Cell, Trial, summary
@@ -103,7 +103,7 @@ def run_sweep(config: Config, command: str, say: Say) -> Outcome:
     tracker = Tracker.open(config.tracking, results)
     try:
         tracker.start_job(job)
-        _make_upstream(config, results, upstream, say)
+        _make_upstream(config, results, upstream, tracker, say)
         _check_objective(config, cells)
         whole = False
         try:
@@ -129,9 +129,9 @@ def _bases(config: Config) -> list[Cell]:
     known = {*CRITERIA, *ORACLES}
     if settings.objective not in known:
         raise ConfigError(f"tune.objective = {settings.objective!r}: choose from {', '.join(sorted(known))}")
-    for point in corners(settings):
+    for point in [*corners(settings), *known_points(settings)]:
         Trial.at(config, "", point)
-    if settings.stop_early and settings.score_every > (longest := _longest(config)):
+    if settings.stop_early and settings.score_every >= (longest := _longest(config)):
         raise ConfigError(
             f"tune.score_every = {settings.score_every}: the longest adaptation has {longest} steps, so none could end early; "
             "lower it, or set tune.stop_early to false"
@@ -195,13 +195,13 @@ def _job(config: Config, key: str, command: str, upstream: Sequence[Stage]) -> d
     return {**record, "whole": False}
 
 
-def _make_upstream(config: Config, results: Folder, upstream: Sequence[Stage], say: Say) -> None:
+def _make_upstream(config: Config, results: Folder, upstream: Sequence[Stage], tracker: Tracker, say: Say) -> None:
     """Run once what every trial looks up."""
     missing = [stage for stage in upstream if stage.facts(results) is None]
     if not missing:
         return
     say("before the trials:")
-    raise_failures(run_stages(config, upstream, say))
+    raise_failures(run_stages(config, upstream, say, tracker))
 
 
 def _check_objective(config: Config, cells: Sequence[Cell]) -> None:
@@ -329,7 +329,7 @@ class _Progress(tune.Callback):
             record["status"] = "stopped"
             self.results.write(tried.path, json.dumps(record, indent=1).encode())
             for cell in tried.cells:
-                cell.give_up(self.results)
+                cell.drop_checkpoints(self.results)
         name = score_name(record["objective"])
         self._told(record, f"{record['status']} at step {record['step']}, {name} {_text(record['score'])}")
 
@@ -412,6 +412,8 @@ def _table(config: Config, records: Sequence[Mapping[str, Any]], cells: Sequence
     rows += [_unadapted(config, method, own) for method, own in _by_method(cells).items()]
     shown = ["status", "step", score, f"{score}_std", "n_seeds", *CRITERIA, *ORACLES, "reason", "key"]
     frame = pd.DataFrame(rows, columns=[*names, *shown])
+    # As they were given: beside an unadapted model, which has none, pandas takes whole numbers for floats.
+    frame[names] = pd.DataFrame([[row.get(name) for name in names] for row in rows], columns=names, dtype=object)
     frame["n_trials"] = len(records)
     worst = frame["status"].map({"finished": 0, "unadapted": 0}).fillna(1)
     ordered = frame.assign(worst=worst, sign=frame[score].astype(float) * (-1 if _mode(objective) == "max" else 1))

@@ -403,7 +403,8 @@ def _self_supervised_work(
         steps = steps_of(optimisation.steps, epoch)
         learner = networks.dino_objective(settings, channels=channels, steps=steps, steps_per_epoch=epoch, seed=seed)
         chosen = learner.student if config.dino.extractor == "student" else learner.teacher
-        watched, guard = chosen.backbone, networks.collapse_guard(config)
+        watched = chosen.backbone
+        guard = networks.collapse_guard(config, section="dino" if start is None else "adapt.dino")
     if start is not None:
         learner.warm_start(stage_tensors(config, start))
     pairs = config.dino.pairs if objective == "dino-cb" else None

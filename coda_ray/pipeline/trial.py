@@ -55,7 +55,7 @@ class Cell:
     @cached_property
     def before(self) -> Stage:
         """Criteria of the model before adaptation; what every trial compares itself with, and the last that all share."""
-        return criteria(self.config, self.index, self.unadapted, (), self.unadapted)
+        return criteria(self.config, self.seen, self.unadapted, (), self.unadapted)
 
     @cached_property
     def _model(self) -> Model:
@@ -105,11 +105,10 @@ class Cell:
         """Whether the whole adaptation is there, of this sweep or of another job."""
         return all(self._trained(unit, None).facts(results) for unit in self._units)
 
-    def give_up(self, results: Folder) -> None:
-        """Delete the checkpoints of adaptations that are not finished and will not be."""
+    def drop_checkpoints(self, results: Folder) -> None:
+        """Delete the checkpoints of adaptations that are finished, and of those that will not be."""
         for unit in self._units:
-            if (whole := self._trained(unit, None)).facts(results) is None:
-                results.delete(f"{whole.path}/checkpoints")
+            results.delete(f"{self._trained(unit, None).path}/checkpoints")
 
     def measure(self, until: int | None) -> dict[str, Any]:
         """Run what is missing, and read the criteria and, apart from them, the oracles."""
@@ -254,6 +253,9 @@ class Trial:
                 "seconds": round(time.monotonic() - begun, 1),
             }
             results.write(self.path, json.dumps(record, indent=1).encode())
+            if until is None:  # a finished adaptation among unfinished ones went through its states once more
+                for cell in self.cells:
+                    cell.drop_checkpoints(results)
             tell(record)
 
     def fail(self, reason: str) -> dict[str, Any]:

@@ -229,10 +229,19 @@ class TileStore:
 
     def finish_plate(self, plate_path: str, index: pd.DataFrame, quarantine: pd.DataFrame, facts: Mapping[str, Any]) -> None:
         """Write a plate's tables, and `plate.json` last, which makes the plate count."""
-        self.folder.write(f"{plate_path}/index.parquet", _parquet(index, INDEX_SCHEMA))
+        self.write_plate_index(plate_path, index)
         self.write_quarantine(plate_path, quarantine)
         note = {**facts, "tiles": len(index), "quarantined": len(quarantine), "preparation": dict(self.preparation)}
         self.folder.write(f"{plate_path}/plate.json", json.dumps(note, indent=1).encode())
+
+    def plate_index(self, plate_path: str) -> pd.DataFrame:
+        """Read the rows of one finished plate."""
+        frame: pd.DataFrame = read_parquet(self.folder, f"{plate_path}/index.parquet").to_pandas()
+        return frame
+
+    def write_plate_index(self, plate_path: str, index: pd.DataFrame) -> None:
+        """Write the rows of one plate."""
+        self.folder.write(f"{plate_path}/index.parquet", _parquet(index, INDEX_SCHEMA))
 
     def plates(self, sources: Sequence[str] = ()) -> list[str]:
         """Sorted paths of the finished plates, of all sources or of the named ones."""

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 ON_DEVICE = ("tile", "partner", "label")
 
 
+MEND_TILES = "delete the folder of their plate in the tile store, and run jobs/ingest.py, which makes them again"
+
+
 class UnreadableTilesError(RuntimeError):
     """Too many tiles could not be read."""
 
@@ -167,14 +170,14 @@ class Health:
                 )
             self.reasons[reason] += 1
         if self.bad > self.max_share * max(self.read, 100):
-            self._stop(f"above stream.max_bad_share = {self.max_share}")
+            self._stop(f"above stream.max_bad_share = {self.max_share}", ", or raise stream.max_bad_share")
         lost = columns["sample"][~columns["readable"]]
         if self.replace and len(lost):
             self._stop(f"sample {lost[0]} and its {REPLACEMENTS} replacements could not be read")
 
-    def _stop(self, why: str) -> NoReturn:
+    def _stop(self, why: str, otherwise: str = "") -> NoReturn:
         """Stop with the most frequent reason."""
         raise UnreadableTilesError(
             f"{self.bad} of {self.read} tiles could not be read: {why}; the most frequent reason: "
-            f"{self.reasons.most_common(1)[0][0]}; mend the tile store (run jobs/ingest.py) or raise stream.max_bad_share"
+            f"{self.reasons.most_common(1)[0][0]}; {MEND_TILES}{otherwise}"
         )

@@ -12,6 +12,7 @@ from coda_ray.config import Config
 from coda_ray.tracking.table import markdown_matrix, matrices
 
 NOTE_LENGTH = 7500  # of the 8000 characters that MLflow keeps
+MOST_COMMANDS = 16
 CONFIG = "config.yaml"
 # Sections that say where things are, or what is shown, and decide no result.
 UNTOLD = ("bucket", "metadata", "tiles", "results", "stream", "train", "tracking", "estimate", "report")
@@ -79,7 +80,8 @@ def job_note(record: Mapping[str, Any], matrix: pd.DataFrame | None) -> str:
     parts = [] if matrix is None or matrix.empty else [markdown_matrices(matrix, ["accuracy", "macro_f1"])]
     found = "\n".join([*parts, record.get("summary", "")]).strip()
     room = NOTE_LENGTH - len(made)
-    cut = f"{found[:room].rpartition(chr(10))[0]}\n\n… the whole matrix is in matrix.md" if len(found) > room else found
+    rest = "every trial is in report/trials.csv" if record["kind"] == "tune" else "the whole matrix is in matrix.md"
+    cut = f"{found[:room].rpartition(chr(10))[0]}\n\n… {rest}" if len(found) > room else found
     return f"{cut}\n\n{made}".lstrip()
 
 
@@ -128,7 +130,9 @@ def trial_options(point: Mapping[str, Any], tune: Mapping[str, Any]) -> list[str
 
 def adapt_block(options: Sequence[str]) -> str:
     """Write commands of one adaptation each, which read the configuration among a job's artifacts, in Markdown."""
-    told = "\n".join(f"python jobs/adapt.py --config {CONFIG} \\\n    {line}" for line in options)
+    told = "\n".join(f"python jobs/adapt.py --config {CONFIG} \\\n    {line}" for line in options[:MOST_COMMANDS])
+    if len(options) > MOST_COMMANDS:
+        told += f"\n# and {len(options) - MOST_COMMANDS} more, which differ in source, target and seed"
     return f"```\n{told}\n```\n"
 
 

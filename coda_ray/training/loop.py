@@ -257,7 +257,8 @@ class _Worker:
                 raise FloatingPointError(
                     f"{self.run.title}: {name} is {point[name]} at step {self.step}; lower the learning rate"
                 )
-        if self.work.guard is not None:
+        # Points that scoring and pausing add are no part of the run, so the guard's patience must not count them.
+        if self.work.guard is not None and self.step % self.run.train.log_every == 0:
             self.work.guard.watch(self.step, point["entropy"], point["mean_entropy"])
         if self.rank == 0:
             time_ms = int(time.time() * 1000)

@@ -11,10 +11,11 @@ from skimage.transform import downscale_local_mean
 
 from coda_ray.config import CHANNELS, Config, Place
 from coda_ray.jump import prepare
-from coda_ray.jump.ingest import _SITE_SCHEMA, IngestError, IngestSummary, _Plate, _Run, run_ingest
+from coda_ray.jump.ingest import _SITE_SCHEMA, IngestError, IngestSummary, _Plate, _Run, _SiteRenderer, _Work, run_ingest
 from coda_ray.jump.layout import PlateName
+from coda_ray.jump.plates import PlateFacts
 from coda_ray.jump.simulate.serve import serve_folder
-from coda_ray.jump.tables import read_tables
+from coda_ray.jump.tables import ANNOTATIONS, read_tables
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import TileStore, read_tiles
 from real_images import real_list
@@ -145,6 +146,43 @@ def test_a_second_run_does_nothing_and_reads_no_image(tiny_bucket, tmp_path):
     assert "left out" not in second.text()
     assert second.bytes_read == 0
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "tiles").rglob("*") if path.is_file()}
+
+
+def test_tables_that_come_later_annotate_finished_plates_without_their_images(tiny_bucket, tmp_path):
+    bucket = shutil.copytree(tiny_bucket.folder, tmp_path / "bucket")
+    late = shutil.copytree(bucket / "metadata", tmp_path / "late")
+    config, whole = config_of(bucket, tmp_path / "tiles"), config_of(tiny_bucket.folder, tmp_path / "whole")
+    for name in ("compound_platemap.tsv", "well.csv.gz", "perturbation_control.csv"):
+        (bucket / "metadata" / name).unlink()
+    ingest(config)
+    assert tables_of(config)[list(ANNOTATIONS)].isna().to_numpy().all()
+    shutil.rmtree(bucket / "cpg0016-jump")
+    shutil.copytree(late, bucket / "metadata", dirs_exist_ok=True)
+    summary = ingest(config)
+    assert (summary.plates, summary.plates_before, summary.annotated, summary.bytes_read) == (0, 9, 9, 0)
+    assert summary.text().startswith("no image to read: 9 plates are in")
+    assert "9 finished plates were annotated anew" in summary.text()
+    ingest(whole)
+    pd.testing.assert_frame_equal(tables_of(config), tables_of(whole))
+    # Tables that are not at hand take nothing away.
+    shutil.rmtree(late)
+    for name in ("compound_platemap.tsv", "well.csv.gz", "perturbation_control.csv"):
+        (bucket / "metadata" / name).unlink()
+    assert ingest(config).annotated == 0
+    pd.testing.assert_frame_equal(tables_of(config), tables_of(whole))
+
+
+def test_labels_that_are_added_to_a_list_of_ones_own_reach_finished_plates(ray_cluster, tmp_path):
+    path = real_list(tmp_path / "list.csv")
+    config = config_of(tmp_path, tmp_path / "tiles", image_list=str(path))
+    ingest(config)
+    listed = pd.read_csv(path).assign(Metadata_MoA="kinase inhibitor")
+    listed.loc[0, "Metadata_MoA"] = None
+    listed.to_csv(path, index=False)
+    assert ingest(config).annotated == len(listed) - 1
+    labels = tables_of(config).set_index("Metadata_Plate")["Metadata_MoA"]
+    assert labels.isna().sum() == 1
+    assert set(labels.dropna()) == {"kinase inhibitor"}
 
 
 def test_a_run_that_died_resumes_and_ends_alike(tiny_bucket, tmp_path):
@@ -289,11 +327,23 @@ def test_a_list_of_ones_own_must_name_source_batch_and_plate(ray_cluster, tmp_pa
 
 
 def test_nothing_to_do_tells_of_plates_left_out():
-    summary = IngestSummary("here", 0, 5, 2, 0, {}, 0, 1.0, ("s/b/p: no image list in the bucket; left out",))
+    summary = IngestSummary("here", 0, 5, 0, 2, 0, {}, 0, 1.0, ("s/b/p: no image list in the bucket; left out",))
     assert summary.text().splitlines()[:2] == [
         "nothing to do: 5 plates are in here",
         "2 chosen plates were left out: no image list of theirs can be read",
     ]
+
+
+def test_an_image_of_a_channel_without_measured_brightness_is_set_aside_with_the_reason(tmp_path):
+    config = config_of(tmp_path, tmp_path / "tiles", channels=["DNA"])
+    tifffile.imwrite(tmp_path / "a.tiff", np.arange(64, dtype=np.uint16).reshape(8, 8))
+    work = _Work([], open_place(config.bucket), store_of(config), config.ingest, {})
+    site = _SiteRenderer(PlateName("s", "b", "p"), PlateFacts(shape=(8, 8)), work)
+    rendered = site.render({"Orig_DNA": str(tmp_path / "a.tiff")})
+    assert rendered.tile is None
+    assert (rendered.channel, rendered.reason) == (
+        "DNA", "no sampled image of channel DNA has its plate's shape, so its brightness is unknown"
+    )  # fmt: skip
 
 
 def test_a_stopped_run_gives_examples_and_keeps_the_quarantine_of_unfinished_plates(tmp_path):

@@ -49,6 +49,17 @@ def test_the_samples_of_2021_give_the_same_labels():
     pd.testing.assert_frame_equal(old.drop(columns="InChIKey"), real_labels().drop(columns="InChIKey"))
 
 
+def test_a_cell_may_hold_what_python_takes_for_the_end_of_a_line():
+    table = read_hub_table("!note\r\nbroad_id\tname\r\nBRD-K1\ta\x0bb\x85c\r\n".encode("latin-1"))
+    assert table.to_dict("list") == {"broad_id": ["BRD-K1"], "name": ["a\x0bb\x85c"]}
+
+
+@needs_real_tables
+def test_every_sample_of_the_hub_has_a_broad_id():
+    samples = read_hub_table(gzip.decompress((METADATA / "repurposing_samples_20200324.txt.gz").read_bytes()))
+    assert samples["broad_id"].str.match("BRD-").all()
+
+
 def small(**changes):
     """Two samples of one mechanism, one alone in its own, one without, one DMSO well."""
     cores = ["BRD-K00000001", "BRD-K00000002", "BRD-K00000003", "BRD-K00000004"]

@@ -96,6 +96,18 @@ def test_record_tells_the_world(bucket: Path) -> None:
     assert not (bucket / "defects.json").exists()
 
 
+def test_a_bucket_that_is_written_again_counts_only_when_it_is_whole(tmp_path: Path) -> None:
+    write(tmp_path, defects=True)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_bucket(SMALL, Place(address=str(tmp_path)), stop)
+    assert not (tmp_path / "simulation.json").exists()
+    assert not (tmp_path / "defects.json").exists()
+
+
 def test_planted_defects_are_found_where_they_are_listed(bucket: Path, tmp_path: Path) -> None:
     spoiled = write(tmp_path, defects=True)
     for d in json.loads((tmp_path / "defects.json").read_text()):

@@ -203,6 +203,13 @@ def test_guard_stops_after_its_patience(point: tuple[float, float], said: str) -
         guard.watch(2, *point)
 
 
+@pytest.mark.parametrize("point", [ONE_PROTOTYPE, UNIFORM])
+def test_the_advice_names_the_section_that_is_used(point: tuple[float, float]) -> None:
+    guard = CollapseGuard(K, floor=0.1, ceiling=0.99, patience=1, action="stop", section="adapt.dino")
+    with pytest.raises(CollapseError, match=r" adapt\.dino\.teacher_temperature"):
+        guard.watch(0, *point)
+
+
 def test_a_healthy_point_ends_the_spell() -> None:
     guard = _guard("stop")
     for step, point in enumerate([UNIFORM, UNIFORM, HEALTHY, UNIFORM, UNIFORM, HEALTHY]):

@@ -493,7 +493,10 @@ def test_a_model_that_cannot_be_registered_predicts_all_the_same(lab, monkeypatc
     (journey,) = here.run()
     assert journey.state == "reported"
     assert journey.facts["predicted"]["version"] is None
-    assert any("jobs/export.py --config my.yaml --register models --stage" in line for line in here.lines)
+    assert any(
+        f"jobs/export.py --config my.yaml --results.address {here.config.results.address} --register models --stage" in line
+        for line in here.lines
+    )
 
 
 def test_what_no_plate_could_mend_is_told_before_the_first_look(lab):

@@ -217,7 +217,7 @@ def test_many_broken_tiles_stop_and_leave_no_plate(ray_cluster, tmp_path, model)
     write_tiles(config, "b", batches=1, plates_per_batch=1)
     (shard,) = (tmp_path / "tiles").rglob("shard-00000.npy")
     shard.write_bytes(shard.read_bytes()[:-5000])
-    with pytest.raises(UnreadableTilesError, match=r"mend the tile store"):
+    with pytest.raises(UnreadableTilesError, match=r"delete the folder of their plate"):
         run(changed(config), model, lambda *_: None)
     assert not list(tmp_path.rglob("plate.json.*"))
     assert not list(Path(config.results.address).rglob("plate.json"))

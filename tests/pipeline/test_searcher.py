@@ -48,6 +48,14 @@ def test_a_space_of_lists_is_asked_for_to_its_end_and_each_trial_once(world):
     assert searcher.exhausted
 
 
+def test_values_that_do_not_go_together_are_a_trial_that_fails_not_the_end_of_the_search(world):
+    config = world({"granularity": ["source", "plate"], "adapt.partner_pool": ["source", "unit"]})
+    searcher = OptunaSearcher(config, "", [], "max")
+    assert {tuple(point.values()) for point in asked(searcher)} == {
+        (granularity, pool) for granularity in ("source", "plate") for pool in ("source", "unit")
+    }
+
+
 def test_a_range_that_no_method_reads_ends_the_search(world):
     config = world({"tent.lr": Range(low=1e-4, high=1e-2, log=True)})
     searcher = OptunaSearcher(config, "", [], "max")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from coda_ray.config import ConfigError, Range, Tune
-from coda_ray.pipeline.space import config_at, corners, lengths, points_of
+from coda_ray.pipeline.space import MOST_LISTED, config_at, corners, known_points, lengths, points_of
 from synthetic import small_config
 
 SPACE = {"granularity": ["source", "batch"], "adapt.lr": [1e-4, 1e-3, 1e-2]}
@@ -27,6 +27,15 @@ def test_random_points_are_the_same_again_and_more_add_to_fewer():
     assert 0.2 < (rates < np.sqrt(1e-5 * 1e-2)).mean() < 0.8  # even over orders of magnitude: half below 3e-4
     assert {point["adapt.steps"] for point in many} == set(range(10, 21))
     assert {point["granularity"] for point in many} == {"source", "batch"}
+
+
+def test_points_of_optuna_are_known_where_they_are_few_combinations_of_lists():
+    grid = points_of(Tune(space=SPACE, search="grid"))
+    assert known_points(Tune(space=SPACE, search="optuna")) == known_points(Tune(space=SPACE, search="grid")) == grid
+    ranges, many = {"adapt.lr": Range(low=1e-5, high=1e-2)}, {**SPACE, "adapt.steps": list(range(1, MOST_LISTED))}
+    for space in (ranges, many):
+        assert known_points(Tune(space=space, search="optuna")) == []
+        assert len(known_points(Tune(space=space, search="random", samples=3))) == 3
 
 
 def test_corners_reach_every_value():
@@ -87,6 +96,7 @@ def test_what_does_not_fit_is_told(tmp_path, point, told):
         ({"space": {"adapt.lr": {"low": 1, "high": 2}}, "search": "grid"}, r"tune\.space\.adapt\.lr is a range"),
         ({"space": {"adapt.lr": []}}, r"tune\.space\.adapt\.lr is empty"),
         ({"stop_early": True}, "needs tune.score_every"),
+        ({"pairs": [("a", "b"), ("a", "a")]}, r"tune\.pairs = .*'a' is adapted to itself"),
     ],
 )
 def test_a_space_that_cannot_be_searched_is_told(fields, told):

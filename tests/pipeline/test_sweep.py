@@ -20,7 +20,7 @@ from coda_ray.analysis.selection import CRITERIA
 from coda_ray.config import Config, ConfigError, Range, Tracking, dump_config, parse_job
 from coda_ray.pipeline import data, sweep
 from coda_ray.pipeline.evaluate import TILE_ID, predictions_of
-from coda_ray.pipeline.report import run_tune
+from coda_ray.pipeline.report import run_tune, trials_table
 from coda_ray.pipeline.space import config_at
 from coda_ray.pipeline.stage import with_needs
 from coda_ray.pipeline.sweep import SCORES, TABLE, _bases, _key, run_sweep
@@ -188,6 +188,16 @@ def test_what_was_stopped_keeps_no_checkpoints(culled):
     assert not [file for whole in wholes for file in whole.rglob("*") if file.is_file()]
 
 
+def test_a_finished_adaptation_among_unfinished_ones_keeps_no_checkpoints_either(finished):
+    config = changed(finished[0], space={"adapt.lr": [1e-3]}, seeds=[0, 2])
+    done, missing = Trial.at(config, "", {"adapt.lr": 1e-3}).cells
+    results = open_place(config.results)
+    assert (done.finished(results), missing.finished(results)) == (True, False)
+    outcome, _ = swept(config)
+    assert outcome.whole
+    assert not list(Path(config.results.address, "adapt").glob("*/checkpoints"))
+
+
 def test_the_same_command_again_runs_what_failed_alone(culled):
     config, outcome, _ = culled
     again, said = swept(config)
@@ -351,6 +361,8 @@ def test_other_labels_are_scored_anew_from_the_same_predictions(finished, monkey
         ({"space": {}}, "tune.space is empty"),
         ({"pairs": []}, "tune.pairs is empty"),
         ({"stop_early": True, "score_every": 5}, r"tune\.score_every = 5: the longest adaptation has 4 steps"),
+        ({"stop_early": True, "score_every": 4}, r"tune\.score_every = 4: the longest adaptation has 4 steps"),
+        ({"space": {"adapt.minibatch": [8, 1], "adapt.dino.koleo_weight": [0.0, 0.1]}}, r"adapt\.minibatch = 1: .*koleo_weight"),
         ({"objective": "accuracy"}, "tune.objective = 'accuracy': choose from .*oracle_accuracy"),
         ({"objective": "kbet"}, r"tune\.objective: kbet cannot be measured on b: .*; choose another"),
         ({"space": {"adapt.speed": [1]}}, r"tune\.space\.adapt\.speed: there is no such field"),
@@ -373,6 +385,7 @@ def test_trials_that_fit_no_node_are_told_and_not_waited_for(finished, monkeypat
 
 def test_what_trials_stand_on_is_made_once_and_never_by_a_trial(finished, tmp_path):
     config, before = world(tmp_path, seeds=[0], score_every=0), {}
+    config = config.model_copy(update={"tracking": Tracking()})
     shutil.copytree(Path(finished[0].results.address) / "pretrain", Path(config.results.address) / "pretrain")
 
     def look(line):
@@ -383,6 +396,13 @@ def test_what_trials_stand_on_is_made_once_and_never_by_a_trial(finished, tmp_pa
     assert list(outcome.table["status"]).count("finished") == 2
     assert {file.name for file in before} >= {"done.json", "model.safetensors", "predictions.parquet"}
     assert shared(config) == before
+    # MLflow got the curve of what was trained before the trials, below the sweep.
+    store = RunStore.open(config.tracking, open_place(config.results))
+    runs = store.client.search_runs([store.experiment_id])
+    (job,) = (run for run in runs if run.data.tags.get("job") == "tune")
+    (classifier,) = (run for run in runs if run.data.tags["kind"] == "classify")
+    assert classifier.data.tags[PARENT_TAG] == job.info.run_id
+    assert [point.step for point in store.client.get_metric_history(classifier.info.run_id, "loss")] == [1, 2, 3, 4]
 
 
 def test_points_drawn_at_random_are_scored_on_every_pair(finished):
@@ -413,6 +433,18 @@ def test_points_with_the_same_stages_are_one_trial(finished):
     )
     assert outcome.table["status"].value_counts().to_dict() == {"finished": 1, "unadapted": 1}
     assert set(outcome.table["key"]) <= set(known.table["key"])
+
+
+def test_whole_numbers_stay_whole_in_the_tables(finished):
+    config, known, _ = finished
+    outcome, _ = swept(changed(config, space={"adapt.steps": [4], "adapt.lr": [1e-3]}))
+    assert set(outcome.table["key"]) <= set(known.table["key"])
+    file = next(file for file in outcome.files if file.endswith(TABLE))
+    assert sorted(pd.read_csv(file, dtype="str")["adapt.steps"].dropna()) == ["4"]
+    shown = trials_table(
+        outcome.table, config.model_copy(update={"tune": config.tune.model_copy(update={"space": {"adapt.steps": []}})})
+    )
+    assert sorted(shown.columns[1].cells) == ["4", "–"]
 
 
 def test_an_oracle_is_named_wherever_its_score_stands(finished):

@@ -21,7 +21,7 @@ SWEEP = {"tune": {"pairs": [["A", "B"], ["A", "C"]], "seeds": [0, 1], "method": 
 @pytest.fixture
 def job():
     config = Config.model_validate(SWEEP | {"adapt": {"lr": 2e-4}}).model_dump(mode="json")
-    return {"name": "a sweep", "command": "python jobs/tune.py --config c.yaml", "config": config}
+    return {"kind": "tune", "name": "a sweep", "command": "python jobs/tune.py --config c.yaml", "config": config}
 
 
 def read_again(note, job, folder):
@@ -58,6 +58,14 @@ def test_what_a_command_would_not_understand_is_seen_here(job, tmp_path):
         read_again(trial_note({"point": {"adapt.learning_rate": 1.0}}, job), job, tmp_path)
 
 
+def test_of_very_many_commands_some_are_shown_and_the_rest_counted(job, tmp_path):
+    job["config"]["tune"]["seeds"] = list(range(50))
+    note = trial_note({"point": {"adapt.lr": 1e-3}}, job)
+    assert len(note) < 8000
+    assert "# and 84 more, which differ in source, target and seed\n```\n" in note
+    assert len(read_again(note.replace("# and 84 more, which differ in source, target and seed\n", ""), job, tmp_path)) == 16
+
+
 def test_names_leave_out_what_goes_without_saying():
     whole = transfer_record("A", "B", "coda", 0)
     assert transfer_name(whole) == "coda A → B, seed 0"
@@ -78,4 +86,6 @@ def test_a_note_holds_summary_and_command_however_long_the_summary_is(job):
         assert job["command"] in note
         assert "config.yaml" in note
         assert len(note) < 8000
+    assert "every trial is in report/trials.csv" in note
+    assert "the whole matrix is in matrix.md" in job_note(job | {"kind": "matrix", "summary": summary}, None)
     assert job_note(job, None).startswith("Made by")

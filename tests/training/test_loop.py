@@ -127,6 +127,17 @@ def test_history_counts_every_log_point_once(ray_cluster, tmp_path):
     assert folder.names("checkpoints") == []
 
 
+def test_points_added_by_scoring_do_not_wear_out_the_guards_patience(ray_cluster, tmp_path):
+    guarded = {"collapse": "stop", "collapse_ceiling": 0.01, "collapse_patience": 2}
+    config, _ = configs(tmp_path, dino=guarded, train={"log_every": 4, "knn_every": 1})
+    stage = pretrain(config, "s", objective="dino", seed=0)
+    assert stage.run(config, None)["steps"] == 7
+    # Every point is out of bounds, and would have stopped the run at the second.
+    often, _ = configs(tmp_path / "often", dino=guarded, train={"log_every": 1})
+    with pytest.raises(Exception, match=r"step 2: the teacher collapsed: .*lower dino\.teacher_temperature"):
+        pretrain(often, "s", objective="dino", seed=0).run(often, None)
+
+
 def test_the_best_weights_on_the_held_out_plate_are_kept(ray_cluster, tmp_path):
     config = small_config(tmp_path, classify={"steps": 60, "minibatch": 16, "validate_every": 10, "lr": 3e-3, "lr_end": 3e-3})
     write_tiles(config, "s", batches=3)

@@ -223,6 +223,8 @@ def write_bucket(settings: SimulateSettings, out: Place, progress: Callable[[int
     by_plate: dict[str, list[Defect]] = defaultdict(list)
     for defect in defects:
         by_plate[defect.plate].append(defect)
+    for name in ("simulation.json", "defects.json"):  # of a bucket that was here before
+        folder.delete(name)
     written = _render_all(settings, plates, wells, by_plate, folder, progress)
     for plate in plates:
         _write_plate(settings, plate, wells, by_plate[plate.name], folder)

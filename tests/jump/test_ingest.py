@@ -174,7 +174,7 @@ def test_tables_that_come_later_annotate_finished_plates_without_their_images(ti
 
 def test_labels_that_are_added_to_a_list_of_ones_own_reach_finished_plates(ray_cluster, tmp_path):
     path = real_list(tmp_path / "list.csv")
-    config = config_of(tmp_path, tmp_path / "tiles", image_list=str(path))
+    config = config_of(tmp_path, tmp_path / "tiles", image_list=str(path), channels=["DNA"])
     ingest(config)
     listed = pd.read_csv(path).assign(Metadata_MoA="kinase inhibitor")
     listed.loc[0, "Metadata_MoA"] = None

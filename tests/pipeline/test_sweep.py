@@ -195,7 +195,8 @@ def test_a_finished_adaptation_among_unfinished_ones_keeps_no_checkpoints_either
     assert (done.finished(results), missing.finished(results)) == (True, False)
     outcome, _ = swept(config)
     assert outcome.whole
-    assert not list(Path(config.results.address, "adapt").glob("*/checkpoints"))
+    wholes = [Path(config.results.address, cell._trained("b", None).path) for cell in (done, missing)]
+    assert all((whole / "done.json").exists() and not (whole / "checkpoints").exists() for whole in wholes)
 
 
 def test_the_same_command_again_runs_what_failed_alone(culled):
@@ -400,7 +401,7 @@ def test_what_trials_stand_on_is_made_once_and_never_by_a_trial(finished, tmp_pa
     store = RunStore.open(config.tracking, open_place(config.results))
     runs = store.client.search_runs([store.experiment_id])
     (job,) = (run for run in runs if run.data.tags.get("job") == "tune")
-    (classifier,) = (run for run in runs if run.data.tags["kind"] == "classify")
+    (classifier,) = (run for run in runs if run.info.run_name == "classify dual-cb on a, seed 0")
     assert classifier.data.tags[PARENT_TAG] == job.info.run_id
     assert [point.step for point in store.client.get_metric_history(classifier.info.run_id, "loss")] == [1, 2, 3, 4]
 

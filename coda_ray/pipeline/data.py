@@ -256,11 +256,14 @@ class UnlabelledTiles:
         lonely = self.anchors[self.partners(across).count(self.anchors) == 0]
         if not len(lonely):
             return None
-        names = sorted({str(name) for name in self.pool.frame[COMPOUND].iloc[lonely]})
-        told = (
-            f"{what}: {len(lonely)} of {len(self.anchors)} tiles have no partner, because {len(names)} compound(s) have no tile "
-            f"in another {across}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-        )
+        compounds = self.pool.frame[COMPOUND].iloc[lonely]
+        names, unknown, why = sorted(map(str, compounds.dropna().unique())), int(compounds.isna().sum()), []
+        if names:
+            some = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            why.append(f"{len(names)} compound(s) have no tile in another {across}: {some}")
+        if unknown:
+            why.append(f"of {unknown} no compound is known, which well and compound table give to jobs/ingest.py")
+        told = f"{what}: {len(lonely)} of {len(self.anchors)} tiles have no partner, because {', and '.join(why)}"
         if config.adapt.no_partner == "error":
             remedies = ["--adapt.no-partner same-image (views of one image)", *self._remedies(config, lonely, adapting)]
             raise DataError(f"{told}; remedies: {', '.join(remedies)}, or method oda")

@@ -22,7 +22,7 @@ from coda_ray.pipeline.stage import with_needs
 from coda_ray.pipeline.train_stages import adapt, pretrain, stage_tensors
 from coda_ray.pipeline.transfer import Request, plan, stages_of
 from coda_ray.storage import open_place
-from coda_ray.tiles.store import LABEL, TileStore, table_bytes
+from coda_ray.tiles.store import COMPOUND, LABEL, TileStore, table_bytes
 from coda_ray.training.checkpoints import write_tensors
 from synthetic import place, small_config, write_tiles
 
@@ -203,6 +203,24 @@ def test_a_compound_without_partner_is_told_before_anything_runs(tmp_path):
     assert told.endswith("each is its own partner")
     assert survey(alone, [Request("a", "b", "coda", "source", 0)]).warnings == (told,)
     assert plan(config, Request("a", "b", "oda", "source", 0))
+
+
+@pytest.mark.parametrize(
+    ("known", "told"),
+    [
+        ([], r"because of 28 no compound is known, which well and compound table give to jobs/ingest\.py; remedies"),
+        (["DMSO", "c00"], r"because of 20 no compound is known, which"),
+    ],
+)
+def test_tiles_of_unknown_compounds_are_told_as_such(tmp_path, known, told):
+    config = small_config(tmp_path)
+    write_tiles(config, "a", batches=3)
+    store = write_tiles(config, "b", batches=2)
+    for path in store.plates(["b"]):
+        index = store.plate_index(path)
+        store.write_plate_index(path, index.assign(**{COMPOUND: index[COMPOUND].where(index[COMPOUND].isin(known))}))
+    with pytest.raises(DataError, match=told):
+        plan(config, Request("a", "b", "coda", "source", 0))
 
 
 def test_the_remedies_for_lonely_tiles_are_those_that_help(tmp_path):

@@ -77,8 +77,8 @@ def known_points(settings: Tune) -> list[Point]:
     """List the points that a sweep will try, where they are known before: Optuna's only of lists, and of few combinations."""
     if settings.search != "optuna":
         return points_of(settings)
-    ranges = len(_lists(settings)) < len(settings.space)
-    if ranges or math.prod(len(values) for values in _lists(settings)) > MOST_LISTED:
+    lists = _lists(settings)
+    if len(lists) < len(settings.space) or math.prod(map(len, lists)) > MOST_LISTED:
         return []
     return points_of(settings.model_copy(update={"search": "grid"}))
 

@@ -23,8 +23,6 @@ from coda_ray.tiles.reader import REPLACEMENTS, TileSource, read_task
 
 log = logging.getLogger(__name__)
 ON_DEVICE = ("tile", "partner", "label")
-
-
 MEND_TILES = "delete the folder of their plate in the tile store, and run jobs/ingest.py, which makes them again"
 
 

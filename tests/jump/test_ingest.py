@@ -152,8 +152,9 @@ def test_tables_that_come_later_annotate_finished_plates_without_their_images(ti
     bucket = shutil.copytree(tiny_bucket.folder, tmp_path / "bucket")
     late = shutil.copytree(bucket / "metadata", tmp_path / "late")
     config, whole = config_of(bucket, tmp_path / "tiles"), config_of(tiny_bucket.folder, tmp_path / "whole")
-    for name in ("compound_platemap.tsv", "well.csv.gz", "perturbation_control.csv"):
-        (bucket / "metadata" / name).unlink()
+    tables = [bucket / "metadata" / name for name in ("compound_platemap.tsv", "well.csv.gz", "perturbation_control.csv")]
+    for table in tables:
+        table.unlink()
     ingest(config)
     assert tables_of(config)[list(ANNOTATIONS)].isna().to_numpy().all()
     shutil.rmtree(bucket / "cpg0016-jump")
@@ -165,9 +166,8 @@ def test_tables_that_come_later_annotate_finished_plates_without_their_images(ti
     ingest(whole)
     pd.testing.assert_frame_equal(tables_of(config), tables_of(whole))
     # Tables that are not at hand take nothing away.
-    shutil.rmtree(late)
-    for name in ("compound_platemap.tsv", "well.csv.gz", "perturbation_control.csv"):
-        (bucket / "metadata" / name).unlink()
+    for table in tables:
+        table.unlink()
     assert ingest(config).annotated == 0
     pd.testing.assert_frame_equal(tables_of(config), tables_of(whole))
 

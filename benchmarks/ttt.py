@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coda_ray.draws import uniforms
 from coda_ray.learn.heads import init_fan_in
 from coda_ray.learn.mae import DecoderSpec, MaskedAutoencoder
 from coda_ray.learn.ttt import TTT_STREAM, TttRecipe, adapted_parameters
 from coda_ray.learn.vit import VitSpec, build_vit
-from coda_ray.tiles.draws import uniforms
 
 SEED = 0
 TOLERANCE = 1e-4

@@ -20,26 +20,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
+from coda_ray.methods import AdaptingMethod, Method, TrainedMethod, UnadaptedMethod
+
 CHANNELS = ("DNA", "ER", "RNA", "AGP", "Mito")
 Channel = Literal["DNA", "ER", "RNA", "AGP", "Mito"]
 Granularity = Literal["source", "batch", "plate"]
-Method = Literal[
-    "supervised",
-    "dual-mae",
-    "dual-dino",
-    "dual-cb",
-    "ttt",
-    "oda-mae",
-    "oda",
-    "coda",
-    "probe",
-    "standardise",
-    "sphering",
-    "harmony",
-    "tent",
-]
-# Fitted to a unit of the target. The others leave the model as it is, or treat each image or plate by itself.
-METHODS_PER_UNIT: frozenset[Method] = frozenset({"oda-mae", "oda", "coda", "sphering", "harmony", "tent"})
 Split = Literal["plate", "compounds"]
 Strategy = Literal["none", "plate", "batch", "continue", "reuse"]
 # Ray's job supervisor sets it for the driver of a submitted job, and for nothing else.
@@ -256,8 +241,9 @@ class Model(Section):
     heads: int = Field(4, ge=1)
     """With arch=vit: attention heads."""
     init: str = "imagenet"
-    """Initial weights: `imagenet` (timm, by name), `random` (linear layers of std 0.02, as DeiT's), `fan-in` (random, of std
-    1 / sqrt(inputs), in the heads too: for small networks), or a local .safetensors file."""
+    """Initial weights: `imagenet` (timm, by name), `simulated` (a small backbone that comes with this package, trained on
+    simulated labs: arch vit, patch 16, width 96, depth 4, heads 4, three channels), `random` (linear layers of std 0.02, as
+    DeiT's), `fan-in` (random, of std 1 / sqrt(inputs), in the heads too: for small networks), or a local .safetensors file."""
 
     @model_validator(mode="after")
     def _whole_heads(self) -> Self:
@@ -267,10 +253,16 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _known_weights(self) -> Self:
-        if self.init not in ("imagenet", "random", "fan-in") and not self.init.endswith(".safetensors"):
-            raise ValueError(f"model.init = {self.init!r}: give imagenet, random, fan-in or a local .safetensors file")
+        if self.init not in ("imagenet", "simulated", "random", "fan-in") and not self.init.endswith(".safetensors"):
+            raise ValueError(f"model.init = {self.init!r}: give imagenet, simulated, random, fan-in or a local .safetensors file")
         if self.arch == "vit" and self.init == "imagenet":
             raise ValueError("model.arch = vit has no imagenet weights, for its sizes are its own: give model.init fan-in")
+        sizes = (self.arch, self.patch, self.width, self.depth, self.heads)
+        if self.init == "simulated" and sizes != ("vit", 16, 96, 4, 4):
+            raise ValueError(
+                "model.init = simulated: these weights are of arch vit, patch 16, width 96, depth 4, heads 4; give these sizes, or "
+                "model.init fan-in"
+            )
         return self
 
 
@@ -505,7 +497,7 @@ class Tent(Optimisation):
 class Baselines(Section):
     """What trains nothing, or next to nothing, on the target: probe, standardise, sphering, harmony, tent."""
 
-    model: Literal["supervised", "dual-mae", "dual-dino", "dual-cb"] = "dual-cb"
+    model: UnadaptedMethod = "dual-cb"
     """The unadapted model that they start from."""
     sphering_epsilon: float = Field(1e-2, gt=0)
     """Added to each eigenvalue of the controls' covariance, as a share of the mean eigenvalue."""
@@ -621,7 +613,7 @@ class Report(Section):
     pairs: list[tuple[str, str]] = []
     """Source and target of the maps and of the comparisons of layers, such as [["source_3", "source_7"]]; empty takes the first
     of the matrix."""
-    method: Literal["oda-mae", "oda", "coda"] | None = None
+    method: AdaptingMethod | None = None
     """The adaptation that they show; unset takes the last of matrix.methods that adapts a feature extractor."""
     example_tiles: int = Field(4, ge=1)
     """Example tiles of each source."""
@@ -659,7 +651,7 @@ class Watch(Section):
     """Source that the model is trained on."""
     targets: list[str] = []
     """Sources whose new plates are taken; empty means every other source of the bucket."""
-    method: Literal["oda-mae", "oda", "coda"] = "coda"
+    method: AdaptingMethod = "coda"
     """What is adapted by."""
     seed: int = Field(0, ge=0)
     """Seed of the models."""
@@ -706,7 +698,7 @@ class Online(Section):
     """Source that the model is trained on."""
     target: str | None = None
     """Source whose plates arrive, by batch and name."""
-    method: Literal["oda-mae", "oda", "coda"] = "coda"
+    method: AdaptingMethod = "coda"
     """What is adapted by."""
     strategies: list[Strategy] = ["none", "plate", "batch", "continue", "reuse"]
     """`none`: the source's model; `plate`: adapted to each plate; `batch`: to each batch once its last plate is there;
@@ -739,7 +731,7 @@ class Tune(Section):
 
     pairs: list[tuple[str, str]] = []
     """Source and target of the adaptations, such as [["source_3", "source_7"]]; a trial's score is the mean over them."""
-    method: Literal["oda-mae", "oda", "coda", "tent"] = "coda"
+    method: TrainedMethod = "coda"
     """What is adapted by, where the space does not search it, or jobs/adapt.py is not told."""
     granularity: Granularity = "source"
     """Unit of adaptation, as for method. With batch or plate every unit gets a model of its own, which reads that unit; a trial

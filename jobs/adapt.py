@@ -5,7 +5,8 @@ from typing import Any
 
 from pydantic import Field
 
-from coda_ray.config import Config, Granularity, Method, parse_job
+from coda_ray.config import Config, Granularity, parse_job
+from coda_ray.methods import Method
 
 
 def tune_method(known: dict[str, Any]) -> Method:
@@ -40,7 +41,7 @@ def main() -> int:
     """Run the job."""
     job = parse_job(AdaptJob, prog="jobs/adapt.py", description=__doc__ or "")
     from coda_ray.pipeline.report import run_job
-    from coda_ray.pipeline.transfer import Request
+    from coda_ray.pipeline.request import Request
 
     request = Request(job.source, job.target, job.method, job.granularity, job.seed, job.split)
     name = f"{job.method} {job.source} to {job.target}, per {job.granularity}, seed {job.seed}"

@@ -7,7 +7,8 @@ import sys
 
 from pydantic import AliasChoices, Field
 
-from coda_ray.config import Address, Config, Granularity, Method, parse_job, told_in_one_line
+from coda_ray.config import Address, Config, Granularity, parse_job, told_in_one_line
+from coda_ray.methods import Method
 
 
 class ExportJob(Config):

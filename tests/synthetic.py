@@ -84,8 +84,9 @@ def finish(config: Config, stages: Sequence[object]) -> None:
     import torch
 
     from coda_ray.learn.dual import DualModel
+    from coda_ray.methods import trained_by
     from coda_ray.pipeline import networks
-    from coda_ray.pipeline.train_stages import extractor_of, objective_of
+    from coda_ray.pipeline.train_stages import extractor_of, loss_of, objective_of
     from coda_ray.training.checkpoints import write_tensors
 
     channels = len(config.ingest.channels)
@@ -93,14 +94,14 @@ def finish(config: Config, stages: Sequence[object]) -> None:
         if stage.kind not in ("pretrain", "classify", "adapt"):  # type: ignore[attr-defined]
             continue
         torch.manual_seed(int(stage.key[:8], 16))
-        tent = stage.inputs.get("objective") == "tent"
-        if stage.kind == "classify" or tent:
-            of = stage.needs[0] if tent else stage
+        whole = stage.kind == "adapt" and trained_by(objective_of(stage)).trains == "model"
+        if stage.kind == "classify" or whole:
+            of = stage.needs[0] if whole else stage
             model = networks.classifier_model(config, channels=channels, classes=len(of.inputs["classes"]), dual=bool(of.needs))
             if isinstance(model, DualModel):
                 model.replace_extractor(extractor_of(config, of.needs[0]))
             state = {f"model.{name}": value for name, value in model.state_dict().items()}
-        elif objective_of(stage) == "mae":
+        elif loss_of(stage) == "mae":
             state = networks.mae_objective(config, channels=channels, seed=0).state_dict()
         else:
             state = networks.dino_objective(config, channels=channels, steps=4, steps_per_epoch=2, seed=0).state_dict()
@@ -112,6 +113,13 @@ def finish(config: Config, stages: Sequence[object]) -> None:
         folder.write("stage.json", json.dumps(note | {"needs": list(below), "made_of": below}).encode())
         facts = {"sha256": write_tensors(folder, "model.safetensors", state), "steps": 4, "seconds": 1.0}
         folder.write("done.json", json.dumps(facts).encode())
+
+
+def model_on(pretrained: object) -> object:
+    """The model of a pre-training, where its classifier plays no part."""
+    from coda_ray.pipeline.request import Model
+
+    return Model("", pretrained, pretrained)  # type: ignore[arg-type]
 
 
 def random_export(config: Config, **origin: object) -> dict[str, bytes]:

@@ -151,7 +151,10 @@ def test_keys_given_to_a_section_are_not_repeated(tmp_path, given):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--model.init", "imagnet"], r"model\.init = 'imagnet': give imagenet, random, fan-in or a local \.safetensors file"),
+        (
+            ["--model.init", "imagnet"],
+            r"model\.init = 'imagnet': give imagenet, simulated, random, fan-in or a local \.safetensors file",
+        ),
         (["--model.arch", "vit"], r"model\.arch = vit has no imagenet weights.*give model\.init fan-in"),
         (["--adapt.betas", "[0.9, 1.0]"], r"adapt\.betas.* = 1\.0: .*less than 1"),
         (["--views.size-global", "600"], r"size_local <= size_global <= tile_crop is wanted, and they are 96, 600, 448"),

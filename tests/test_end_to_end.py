@@ -6,13 +6,12 @@ import re
 import runpy
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pandas as pd
 import pytest
 import yaml
 
-from coda_ray.config import Method
+from coda_ray.methods import NAMES
 from real_images import REAL_IMAGES, real_list
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +102,7 @@ def test_the_papers_settings_run_at_full_size(job, tiny_bucket, tmp_path):
 @pytest.mark.long
 def test_every_method_from_the_bucket_to_the_report(job, tiny_bucket, tmp_path):
     config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
-    assert set(config["matrix"]["methods"]) == set(get_args(Method))
+    assert set(config["matrix"]["methods"]) == set(NAMES)
     config |= {"bucket": tiny_bucket.place.model_dump(), "metadata": tiny_bucket.metadata.model_dump()}
     config |= {name: {"address": str(tmp_path / name)} for name in ("tiles", "results")}
     file = tmp_path / "tiny.yaml"
@@ -112,7 +111,7 @@ def test_every_method_from_the_bucket_to_the_report(job, tiny_bucket, tmp_path):
     job("matrix.py", "--config", file)
     transfers = pd.read_parquet(tmp_path / "results" / "transfers.parquet")
     across = transfers[transfers["source"] != transfers["target"]]
-    assert across.groupby("method")["seed"].apply(set).to_dict() == {method: {0, 1} for method in get_args(Method)}
+    assert across.groupby("method")["seed"].apply(set).to_dict() == {method: {0, 1} for method in NAMES}
     assert across["accuracy"].between(0, 1).all()
     again = job("matrix.py", "--config", file)
     told = re.search(r"(\d+) stages, (\d+) of them finished before", again)
@@ -120,5 +119,5 @@ def test_every_method_from_the_bucket_to_the_report(job, tiny_bucket, tmp_path):
     assert told[1] == told[2]
     job("report.py", "--config", file, "--out", tmp_path / "report")
     page = (tmp_path / "report" / "report.html").read_text()
-    assert all(method in page for method in get_args(Method))
+    assert all(method in page for method in NAMES)
     assert "mean ± std over 2 seeds" in page

@@ -6,7 +6,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ["jobs", "online", "pipeline", "tracking", "training", "analysis", "learn", "jump", "tiles", "storage", "config"]
+ROOMS = [
+    "jobs",
+    "online",
+    "pipeline",
+    "tracking",
+    "training",
+    "analysis",
+    "learn",
+    "jump",
+    "tiles",
+    "storage",
+    "config",
+    "methods",
+    "draws",
+]
 # They start Ray and show progress, and know nothing of the rooms.
 FREE = {"cluster", "progress"}
 

@@ -10,10 +10,10 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from coda_ray.draws import uniforms
 from coda_ray.learn.heads import init_linear
 from coda_ray.learn.views import ViewRecipe, supervised_view
 from coda_ray.learn.vit import CpuFriendlyAttention, load_exactly
-from coda_ray.tiles.draws import uniforms
 
 MASK_STREAM = 111
 PATCH_EPSILON = 1e-6

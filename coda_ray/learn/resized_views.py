@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coda_ray.tiles.draws import uniforms
+from coda_ray.draws import uniforms
 
 ASPECT = (3 / 4, 4 / 3)
 COLOUR_PROBABILITY = 0.8

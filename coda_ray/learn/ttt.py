@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from coda_ray.draws import uniforms
 from coda_ray.learn.mae import MaskedAutoencoder
-from coda_ray.tiles.draws import uniforms
 
 TTT_STREAM = 1000
 

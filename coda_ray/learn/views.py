@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from coda_ray.draws import uniforms
 from coda_ray.learn.resized_views import GLOBAL_CHANCES, LONE_CHANCES, Chances, cut_resized, draw_resized, local_chances
-from coda_ray.tiles.draws import uniforms
 
 Kind = Literal["crop", "resized"]
 GLOBAL_STREAM = 101

@@ -57,6 +57,8 @@ class VitSpec:
 
 
 # The name under which timm makes a transformer of free sizes: every size of it is given.
+# The small backbone that comes with the package, in half precision.
+SHIPPED = Path(__file__).parents[1] / "weights" / "simulated.safetensors"
 FREE_SIZES = "vit_tiny_patch16_224"
 _TIMM_SIZES = {
     "img_size": "image_size",
@@ -238,8 +240,9 @@ def initialise(vit: VisionTransformer, init: str) -> None:
         As made by `build_vit`.
     init
         `imagenet`: timm's weights of that name. `random`: the weights that `build_vit` drew. `fan-in`: linear
-        layers drawn anew by `init_fan_in`. Otherwise the path of a local `.safetensors` file in timm's layout;
-        its classification head (`head.*`) is ignored.
+        layers drawn anew by `init_fan_in`. `simulated`: the small backbone that this package ships
+        (coda_ray/weights/README.md). Otherwise the path of a local `.safetensors` file in timm's layout; its
+        classification head (`head.*`) is ignored.
 
     Raises
     ------
@@ -258,13 +261,15 @@ def initialise(vit: VisionTransformer, init: str) -> None:
     if init == "imagenet":
         load_exactly(vit, _imagenet(vit), "timm's ImageNet weights")
         return
-    path = Path(init)
+    path = SHIPPED if init == "simulated" else Path(init)
     if path.suffix != ".safetensors":
-        raise ValueError(f"init = {init!r}: give imagenet, random, fan-in, or the path of a .safetensors file")
+        raise ValueError(f"init = {init!r}: give imagenet, simulated, random, fan-in, or the path of a .safetensors file")
     if not path.is_file():
-        raise FileNotFoundError(f"init = {init!r}: no such file; give imagenet, random, fan-in, or a .safetensors file")
-    state = load_file(path)
-    load_exactly(vit, {key: value for key, value in state.items() if not key.startswith("head.")}, str(path))
+        raise FileNotFoundError(
+            f"init = {init!r}: no such file; give imagenet, simulated, random, fan-in, or a .safetensors file"
+        )
+    state = {key: value.float() for key, value in load_file(path).items() if not key.startswith("head.")}
+    load_exactly(vit, state, str(path))
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:

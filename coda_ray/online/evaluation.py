@@ -26,10 +26,11 @@ from coda_ray.online.strategies import MEANING, Adaptation, Turn, turns_of
 from coda_ray.pipeline import data
 from coda_ray.pipeline.evaluate import evaluate
 from coda_ray.pipeline.matrix import StagesFailedError, raise_failures, run_stages
+from coda_ray.pipeline.methods.plans import TRAINED
 from coda_ray.pipeline.record import job_record, write_job
+from coda_ray.pipeline.request import Model, Request
 from coda_ray.pipeline.stage import Stage, with_needs
-from coda_ray.pipeline.train_stages import adapt
-from coda_ray.pipeline.transfer import Model, Request, Transfer, model_of, score
+from coda_ray.pipeline.transfer import Transfer, model_of, score
 from coda_ray.progress import Say
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key, table_bytes
@@ -254,9 +255,9 @@ def _course(config: Config, request: Request, strategy: Strategy) -> Course:
 def _adapted(config: Config, request: Request, model: Model, wanted: Adaptation, stages: dict[Adaptation, Stage]) -> Stage:
     """Plan one adaptation, which knows of the plates that had arrived and of no other."""
     knowing = config.model_copy(update={"adapt": config.adapt.model_copy(update={"plates": list(wanted.known)})})
-    return adapt(
+    return TRAINED[request.method](
         knowing,
-        cast(Stage, model.extractor),
+        model,
         request.target,
         granularity=wanted.granularity,
         unit=wanted.unit,

@@ -7,11 +7,12 @@ from typing import Any
 from coda_ray.config import Config, ConfigError, Granularity
 from coda_ray.jump.prepare import preparation_of
 from coda_ray.pipeline.matrix import raise_failures, run_stages
+from coda_ray.pipeline.methods.plans import TRAINED
 from coda_ray.pipeline.models import Export, StoredModel, export_of, read_stage, stored_models
 from coda_ray.pipeline.record import job_record, write_job
+from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.stage import Stage, settings_of, with_needs
-from coda_ray.pipeline.train_stages import adapt
-from coda_ray.pipeline.transfer import Request, model_of
+from coda_ray.pipeline.transfer import model_of
 from coda_ray.progress import Say
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileStore, content_key
@@ -213,11 +214,10 @@ class Models:
 
     def _plan(self, target: str, granularity: Granularity, unit: str, plates: Sequence[str]) -> Stage:
         """Plan an adaptation that knows of some plates."""
-        extractor, config = self.base.extractor, self.config
-        if extractor is None:
-            raise TypeError(f"{self.base.method} has no feature extractor to adapt")
+        config = self.config
         knowing = config.model_copy(update={"adapt": config.adapt.model_copy(update={"plates": list(plates)})})
-        return adapt(knowing, extractor, target, granularity=granularity, unit=unit, seed=config.watch.seed)
+        train = TRAINED[config.watch.method]
+        return train(knowing, self.base, target, granularity=granularity, unit=unit, seed=config.watch.seed)
 
     def _note_job(self) -> None:
         """Write the record of the watcher's job, by which its models are found and exported."""

@@ -23,7 +23,7 @@ from coda_ray.pipeline import data, networks
 from coda_ray.pipeline.evaluate import FEATURE, PROBABILITY, TILE_ID, embeddings_of, predictions_of
 from coda_ray.pipeline.profile import measured, profile
 from coda_ray.pipeline.stage import Stage, settings_of
-from coda_ray.pipeline.train_stages import Made, objective_of, section_of, stage_tensors
+from coda_ray.pipeline.train_stages import Made, loss_of, section_of, stage_tensors
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import UNIT_COLUMNS, TileIndex
 from coda_ray.tiles.stream import minibatches, on_device
@@ -73,9 +73,9 @@ def criteria(config: Config, index: TileIndex, evaluation: Stage, trained: Seque
     tiles = index.without_labels()
     learnt = _learnt(evaluation, trained)
     profiles = profile(config, tiles, evaluation)
-    inputs: dict[str, Any] = {"tiles": tiles.fingerprint, "criteria": settings_of(config.criteria)}
+    inputs: dict[str, Any] = {"tiles": tiles.fingerprint, "criteria": settings_of(config.criteria), "names": list(CRITERIA)}
     if learnt:
-        names = ("views", section_of(objective_of(learnt[0])))
+        names = ("views", section_of(loss_of(learnt[0])))
         inputs |= {name: settings_of(getattr(config, name)) for name in names} | {"precision": config.train.precision}
     if len(learnt) > 1:
         inputs["partners"] = "of all tiles"
@@ -88,7 +88,7 @@ def criteria(config: Config, index: TileIndex, evaluation: Stage, trained: Seque
 def _learnt(evaluation: Stage, trained: Sequence[Stage]) -> tuple[Stage, ...]:
     """Find the stages whose self-supervised networks a model is: a pre-training, or its adaptations."""
     if trained:
-        return tuple(stage for stage in trained if "objective" not in stage.inputs)  # tent has one
+        return tuple(stage for stage in trained if loss_of(stage))
     if evaluation.kind != "evaluate" or len(evaluation.needs) > 1:  # a correction, or test-time training
         return ()
     (classifier,) = evaluation.needs
@@ -177,17 +177,17 @@ def anchors_of(index: TileIndex, stage: Stage | None) -> data.UnlabelledTiles:
 
 def _held_out_loss(run: CriteriaRun, learnt: Stage, tiles: data.UnlabelledTiles) -> float:
     """Ask the networks for their own loss on tiles drawn by chance, in views that training did not draw."""
-    config, objective = run.config, objective_of(learnt)
+    config, loss = run.config, loss_of(learnt)
     settings, channels = networks.unfilled(config), len(tiles.pool.channels)
     learner: DinoObjective | MaeObjective
-    if objective == "mae":
+    if loss == "mae":
         learner = networks.mae_objective(settings, channels=channels, seed=SEED)
     else:
         learner = networks.dino_objective(settings, channels=channels, steps=1, steps_per_epoch=1, seed=SEED)
     learner.load_state_dict(stage_tensors(config, learnt))
     device = device_of(config.train)
     learner.to(device)
-    pairs = config.dino.pairs if objective == "dino-cb" else None
+    pairs = config.dino.pairs if loss == "dino-cb" else None
     count, size = min(len(tiles.anchors), config.criteria.tiles), config.evaluate.minibatch
     stream = minibatches(
         tiles.source(seed=SEED, crop=config.views.tile_crop, pairs=pairs),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -23,10 +23,13 @@ from coda_ray.jump.prepare import preparation_of, reduction, tile_shape
 from coda_ray.jump.tables import Tables, choose_plates, read_tables
 from coda_ray.learn.mae import MaeObjective
 from coda_ray.learn.objectives import DinoObjective
+from coda_ray.methods import trained_by
 from coda_ray.pipeline import data, networks
 from coda_ray.pipeline.profile import WELL_ID
-from coda_ray.pipeline.stage import Rate, Stage
-from coda_ray.pipeline.transfer import Request, plan, stages_of
+from coda_ray.pipeline.request import Request
+from coda_ray.pipeline.stage import Stage
+from coda_ray.pipeline.train_stages import loss_of, objective_of
+from coda_ray.pipeline.transfer import plan, stages_of
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import COMPOUND, LABEL, TileStore
 from coda_ray.training.checkpoints import KEEP
@@ -35,6 +38,8 @@ WIDTH = 190
 RAW_BYTES_PER_PIXEL = 2
 FLOAT_BYTES = 4
 SUM_BYTES = 8
+# How the fields of section estimate that say a speed end.
+PER_S = "_per_s"
 # Stages that leave no weights, and so have no checkpoints: tiles go through a network once.
 PASSES = ("evaluate", "moments")
 PLANNED, UNKNOWN = "~", "–"
@@ -252,10 +257,10 @@ def _rates(config: Config, stages: Sequence[Stage], facts: dict[str, dict[str, A
         if done and work and stage.kind != "evaluate" and done["seconds"]:
             measured.setdefault(work.rate, []).append(work.samples / (done["seconds"] * done.get("workers", 1)))
     rates = {rate: (median(values), f"median of {len(values)} finished stages") for rate, values in measured.items()}
-    for rate in get_args(Rate):
-        assumed = getattr(config.estimate, f"{rate}_per_s")
+    for field in (name for name in type(config.estimate).model_fields if name.endswith(PER_S)):
+        assumed = getattr(config.estimate, field)
         if assumed is not None:
-            rates.setdefault(rate, (assumed, f"assumed, estimate.{rate}_per_s"))
+            rates.setdefault(field.removesuffix(PER_S), (assumed, f"assumed, estimate.{field}"))
     return rates
 
 
@@ -289,9 +294,9 @@ class _Sizes:
         """Bytes that are saved and bytes that are trained, and the width of a token."""
         if stage.kind == "classify":
             return self.classifier(len(stage.inputs["classes"]), bool(stage.needs))
-        if stage.workload and stage.workload.rate == "tent":
+        if stage.kind == "adapt" and trained_by(objective_of(stage)).trains == "model":
             return self._weights(stage.needs[0])
-        return self.extractor(stage.workload is not None and stage.workload.rate == "mae")
+        return self.extractor(loss_of(stage) == "mae")
 
     def _extractor(self, masked: bool) -> tuple[int, int, int]:
         channels = len(self.config.ingest.channels)

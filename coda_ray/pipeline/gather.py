@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -13,17 +13,19 @@ import torch
 
 from coda_ray.analysis.intervals import paired_difference
 from coda_ray.cluster import start_ray
-from coda_ray.config import Config, ConfigError, Method
+from coda_ray.config import Config, ConfigError
 from coda_ray.learn.views import evaluation_view
+from coda_ray.methods import ADAPTING, NAMES, Method, row_of
 from coda_ray.pipeline import data
 from coda_ray.pipeline.evaluate import TILE_ID, predictions_of
 from coda_ray.pipeline.layers import compare_layers, layers_of
 from coda_ray.pipeline.maps import map_features, map_of
 from coda_ray.pipeline.matrix import job_key, plan_all, requests_of, run_stages
 from coda_ray.pipeline.profile import WELL_ID
+from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.train_stages import pretrain, root_of
-from coda_ray.pipeline.transfer import BOOTSTRAP_SEED, Request, Transfer, plan, stages_of, unadapted
+from coda_ray.pipeline.transfer import BOOTSTRAP_SEED, Transfer, plan, stages_of, unadapted
 from coda_ray.progress import Say
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import COMPOUND, LABEL, UNIT_COLUMNS, TileIndex, content_key, read_tiles
@@ -44,14 +46,6 @@ from coda_ray.tracking.table import job_matrix, rows_that_count
 
 REMEDY = "python jobs/matrix.py --config ..."
 SHOWN_CHANNELS = 3
-# Compared besides each method with the model that it starts from: the paper's claims, and corrections without and with a change.
-RIVALS: list[tuple[Method, Method]] = [
-    ("coda", "supervised"),
-    ("coda", "oda"),
-    ("coda", "standardise"),
-    ("sphering", "probe"),
-    ("harmony", "probe"),
-]
 
 
 @dataclass(frozen=True)
@@ -260,7 +254,7 @@ def _example(config: Config, name: str, index: TileIndex, wanted: Sequence[str])
 def _shown(config: Config, results: Folder) -> tuple[list[str], list[Shown]]:
     """Plan maps and comparisons of layers; the first of the two says what cannot be planned, and why."""
     matrix, wanted = config.matrix, config.report
-    adapting = [method for method in matrix.methods if method in ("oda-mae", "oda", "coda")]
+    adapting = [method for method in matrix.methods if method in ADAPTING]
     pairs = [(s, t) for s, t in product(matrix.sources, matrix.targets) if s != t]
     if wanted.method and wanted.method not in adapting:
         raise ConfigError(
@@ -378,9 +372,9 @@ def _differences(config: Config, transfers: Sequence[Transfer], frame: pd.DataFr
 
 def _comparisons(config: Config) -> list[tuple[Method, Method]]:
     """Pair each method with the model that it starts from, and some with each other."""
-    chosen = [method for method in get_args(Method) if method in config.matrix.methods]
+    chosen = [method for method in NAMES if method in config.matrix.methods]
     pairs = [(method, unadapted(config, method)) for method in chosen if unadapted(config, method) != method]
-    return pairs + [pair for pair in RIVALS if set(pair) <= set(chosen)]
+    return pairs + [(method, rival) for method in chosen for rival in row_of(method).rivals if rival in chosen]
 
 
 def _compared(

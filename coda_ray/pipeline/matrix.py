@@ -13,9 +13,10 @@ import ray
 
 from coda_ray.config import Config, ConfigError
 from coda_ray.pipeline.record import TRAINING, job_record, write_job
+from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.task import Facts, cause_of, check_resources, room, submit
-from coda_ray.pipeline.transfer import Request, Transfer, plan, score, stages_of, unadapted
+from coda_ray.pipeline.transfer import Transfer, plan, score, stages_of, unadapted
 from coda_ray.progress import Say
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key

@@ -10,12 +10,13 @@ from typing import Any, NoReturn
 import pandas as pd
 from pydantic import ValidationError
 
-from coda_ray.config import REGISTRY, Config, ConfigError, Granularity, Method
+from coda_ray.config import REGISTRY, Config, ConfigError, Granularity
 from coda_ray.jump.prepare import preparation_of
 from coda_ray.learn.exported import DESCRIPTION, WEIGHTS, ExportedModel, ModelError, pack, unpack
+from coda_ray.methods import Method, model_with, trained_by
 from coda_ray.pipeline import networks
 from coda_ray.pipeline.stage import Stage, check_made_of
-from coda_ray.pipeline.train_stages import CONTINUED_BY, MODEL_ON, lineage, load_model, objective_of, root_of
+from coda_ray.pipeline.train_stages import lineage, load_model, loss_of, objective_of, root_of
 from coda_ray.storage import Folder, open_place
 from coda_ray.tracking.card import CARD, model_card
 from coda_ray.tracking.records import READS_AT_A_TIME, read_records
@@ -74,11 +75,17 @@ class StoredModel:
         """What it is."""
         known = self.classifier.inputs
         if self.adapted is None:
-            method: Method = MODEL_ON[objective_of(self.classifier.needs[0])] if self.classifier.needs else "supervised"
-            return Origin(method, known["source"], known["source"], "source", known["source"], known["seed"])
+            loss = loss_of(self.classifier.needs[0]) if self.classifier.needs else None
+            return Origin(model_with(loss).name, known["source"], known["source"], "source", known["source"], known["seed"])
         own = self.adapted.inputs
-        method = "tent" if own.get("objective") == "tent" else CONTINUED_BY[objective_of(self.adapted)]
-        return Origin(method, known["source"], own["target"], own["granularity"], own["unit"], own["seed"])
+        return Origin(
+            trained_by(objective_of(self.adapted)).name,
+            known["source"],
+            own["target"],
+            own["granularity"],
+            own["unit"],
+            own["seed"],
+        )
 
 
 @dataclass(frozen=True)
@@ -395,7 +402,9 @@ def _initial_weights(stored: StoredModel) -> str:
     """Name what the first stage began with; a file by its hash, never by its path."""
     inputs = stored.stages[0].inputs
     if "weights" in inputs:
-        return f"a file of weights, SHA-256 {inputs['weights']['sha256']}"
+        shipped = inputs["model"].get("init") == "simulated"
+        what = "the small backbone that coda_ray ships, trained on simulated labs" if shipped else "a file of weights"
+        return f"{what}, SHA-256 {inputs['weights']['sha256']}"
     return str(inputs["model"].get("init", Config().model.init))
 
 

@@ -24,6 +24,11 @@ def recipe(config: Config) -> ViewRecipe:
     return ViewRecipe(**config.views.model_dump())
 
 
+def is_small(config: Config) -> bool:
+    """Whether heads are drawn as small networks need them (`learn.heads.init_fan_in`)."""
+    return config.model.init in ("fan-in", "simulated")
+
+
 def unfilled(config: Config) -> Config:
     """Settings of a network whose weights are about to be replaced: nothing is fetched for it."""
     return config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})})
@@ -35,7 +40,7 @@ def dino_objective(config: Config, *, channels: int, steps: int, steps_per_epoch
     backbone = build_vit(vit_spec(config, channels), drop_path=dino.drop_path)
     initialise(backbone, config.model.init)
     head = DinoHead(backbone.embed_dim, hidden=dino.head_hidden, bottleneck=dino.head_bottleneck, out_dim=dino.out_dim)
-    if config.model.init == "fan-in":
+    if is_small(config):
         init_fan_in(head.mlp)
     schedule = DinoSchedule(
         steps=steps,
@@ -65,7 +70,7 @@ def masked_autoencoder(config: Config, *, channels: int) -> MaskedAutoencoder:
     network = MaskedAutoencoder(
         encoder, DecoderSpec(mae.decoder_width, mae.decoder_depth, mae.decoder_heads), mask_ratio=mae.mask_ratio
     )
-    if config.model.init == "fan-in":
+    if is_small(config):
         init_fan_in(network.decoder)
     return network
 
@@ -96,4 +101,7 @@ def classifier_model(config: Config, *, channels: int, classes: int, dual: bool)
     model = DualModel(build_vit(spec, drop_path=0.0), trained, classes) if dual else SupervisedModel(trained, classes)
     if config.model.init == "fan-in":
         init_fan_in(model)
+    elif config.model.init == "simulated":  # its blocks are trained; what stands around them is not
+        for layer in (model.project, model.head) if isinstance(model, DualModel) else (model.head,):
+            init_fan_in(layer)
     return model

@@ -13,8 +13,8 @@ from rich.table import Table
 from coda_ray.cluster import start_ray
 from coda_ray.config import Config, ConfigError, told_in_one_line
 from coda_ray.pipeline.matrix import Outcome, StagesFailedError, run_transfers
+from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.sweep import run_sweep
-from coda_ray.pipeline.transfer import Request
 from coda_ray.pipeline.trial import ORACLE
 from coda_ray.storage import open_place
 from coda_ray.tracking.records import score_name

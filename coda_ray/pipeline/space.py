@@ -9,10 +9,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from coda_ray.config import Config, ConfigError, Range, Tune
+from coda_ray.methods import SECTIONS
 
-# What a space may search, because the adaptation alone reads it: two fields of section tune, and every field of two sections.
+# What a space may search, because the adaptation alone reads it: two fields of section tune, and fields of `methods.SECTIONS`.
 OWN = ("method", "granularity")
-SECTIONS = ("adapt", "tent")
 # Name of a trial's values, in its record and in what Tune hands to it.
 POINT = "point"
 # Combinations of lists that are looked through for the trials that they make.
@@ -41,8 +41,8 @@ def config_at(config: Config, point: Mapping[str, Any]) -> Config:
         *path, field = f"tune.{name}".split(".") if name in OWN else name.split(".")
         if name not in OWN and (not path or path[0] not in SECTIONS):
             raise ConfigError(
-                f"tune.space.{name}: searched are method, granularity and fields of adapt and tent, which the adaptation alone "
-                "reads, such as adapt.lr or adapt.dino.ema_start; compare other settings by jobs/matrix.py"
+                f"tune.space.{name}: searched are method, granularity and fields of {' and '.join(SECTIONS)}, which the "
+                "adaptation alone reads, such as adapt.lr or adapt.dino.ema_start; compare other settings by jobs/matrix.py"
             )
         if name == "adapt.unit":
             raise ConfigError(
@@ -52,7 +52,7 @@ def config_at(config: Config, point: Mapping[str, Any]) -> Config:
         for step in path:
             section = section.get(step) if isinstance(section, dict) else None
         if not isinstance(section, dict) or field not in section:
-            raise ConfigError(f"tune.space.{name}: there is no such field; give one of adapt or tent, such as adapt.lr")
+            raise ConfigError(f"tune.space.{name}: there is no such field; give one of {' or '.join(SECTIONS)}, such as adapt.lr")
         section[field] = value
     try:
         return Config.model_validate(values)

@@ -15,8 +15,21 @@ from coda_ray.training.checkpoints import DamagedFileError
 from coda_ray.training.launch import launch
 from coda_ray.training.loop import Report
 
-# Part of every key: raise it when a change of code, or of a default, changes results.
-RECIPE_VERSION = 2
+# Part of every key: raise that of a kind when a change of code, or of a default, changes the results of such stages; what stands
+# on them follows.
+RECIPES = {
+    "pretrain": 2,
+    "classify": 2,
+    "adapt": 2,
+    "evaluate": 2,
+    "moments": 2,
+    "correct": 2,
+    "profile": 2,
+    "criteria": 2,
+    "combine": 2,
+    "map": 2,
+    "layers": 2,
+}
 
 
 def settings_of(section: BaseModel, *, exclude: set[str] | None = None) -> dict[str, Any]:
@@ -25,9 +38,6 @@ def settings_of(section: BaseModel, *, exclude: set[str] | None = None) -> dict[
     A new option whose default is what was done before thus leaves finished stages valid.
     """
     return section.model_dump(mode="json", exclude_defaults=True, exclude=exclude)
-
-
-Rate = Literal["dino", "mae", "supervised", "tent", "ttt", "inference"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class Workload:
         2 where a sample is a pair.
     """
 
-    rate: Rate
+    rate: str
     source: str
     plates: int
     tiles: int
@@ -65,7 +75,7 @@ def pass_inputs(config: Config, tiles: TileIndex) -> dict[str, Any]:
     return {"tiles": tiles.fingerprint, "views": settings_of(config.views), "precision": config.train.precision}
 
 
-def pass_workload(config: Config, tiles: TileIndex, rate: Rate = "inference") -> Workload:
+def pass_workload(config: Config, tiles: TileIndex, rate: str = "inference") -> Workload:
     """Count one pass of tiles through a network."""
     return Workload(
         rate,
@@ -85,7 +95,7 @@ class Stage:
     Parameters
     ----------
     kind
-        `pretrain`, `classify`, `adapt`, `evaluate`, `moments`, `correct`, `profile`, `criteria`, `combine`, `map` or `layers`.
+        One of `RECIPES`.
     title
         For people.
     inputs
@@ -117,7 +127,7 @@ class Stage:
     def key(self) -> str:
         """Hash of the inputs and of the stages below."""
         needs = [stage.key for stage in self.needs]
-        return content_key({"recipe": RECIPE_VERSION, "kind": self.kind, "inputs": dict(self.inputs), "needs": needs})
+        return content_key({"recipe": RECIPES[self.kind], "kind": self.kind, "inputs": dict(self.inputs), "needs": needs})
 
     @property
     def path(self) -> str:

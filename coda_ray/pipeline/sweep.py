@@ -16,6 +16,7 @@ from ray.tune.schedulers import ASHAScheduler
 from coda_ray.analysis.selection import ACROSS_BATCHES, CRITERIA
 from coda_ray.cluster import quieten
 from coda_ray.config import Config, ConfigError, dump_config
+from coda_ray.methods import row_of
 from coda_ray.pipeline.matrix import raise_failures, run_stages
 from coda_ray.pipeline.record import job_record, write_job
 from coda_ray.pipeline.searcher import OptunaSearcher
@@ -158,9 +159,9 @@ def _check_seen(config: Config, cells: Sequence[Cell]) -> None:
                 f"tune.objective = {objective!r} compares batches, and all tiles of {request.target} that are adapted to are of "
                 f"{batch} ({unit}, granularity {request.granularity}); choose another objective, or set adapt.unit to all"
             )
-        if objective == "held_out_loss" and request.method == "tent":
+        if objective == "held_out_loss" and not row_of(request.method).loss:
             raise ConfigError(
-                f"tune.objective = {objective!r}: tent has no self-supervised loss; choose another, or leave tent out"
+                f"tune.objective = {objective!r}: {request.method} has no self-supervised loss; choose another, or leave it out"
             )
         seen = cell.seen.fingerprint
         if scored.setdefault((request.source, request.target, request.seed), seen) != seen:

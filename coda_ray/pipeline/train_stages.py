@@ -1,4 +1,4 @@
-"""The stages that train: pretrain (source, no labels), classify (labels of the source), adapt (target, no labels)."""
+"""The stages that train a model on its source: pretrain (no labels), classify (labels); and what every training stage shares."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 
 from coda_ray.analysis.knn import knn_accuracy
-from coda_ray.config import Config, Dino, Granularity, Method, Optimisation, steps_of
+from coda_ray.config import Config, Dino, Optimisation, steps_of
 from coda_ray.learn.dual import DualModel
 from coda_ray.learn.mae import MaeObjective, MaskedAutoencoder
 from coda_ray.learn.objectives import DinoObjective, SupervisedObjective
 from coda_ray.learn.precision import Precision
 from coda_ray.learn.supervised import SupervisedModel
-from coda_ray.learn.tent import TentObjective
-from coda_ray.learn.vit import tokens
+from coda_ray.learn.vit import SHIPPED, tokens
+from coda_ray.methods import Loss, model_with, trained_by
 from coda_ray.pipeline import data, networks
-from coda_ray.pipeline.stage import Rate, Stage, Workload, settings_of
+from coda_ray.pipeline.stage import Stage, Workload, settings_of
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.plan import SamplePlan
 from coda_ray.tiles.reader import TileSource
@@ -33,14 +33,10 @@ from coda_ray.training.infer import gather, infer
 from coda_ray.training.loop import Monitor, Report, TrainingRun, Work, train_loop
 
 KNN_NEIGHBOURS = 50
-Pretraining = Literal["dino", "dino-cb", "mae"]
-# The unadapted dual model on an extractor, and the method that adapts it.
-MODEL_ON: dict[Pretraining, Method] = {"dino": "dual-dino", "dino-cb": "dual-cb", "mae": "dual-mae"}
-CONTINUED_BY: dict[Pretraining, Method] = {"dino": "oda", "dino-cb": "coda", "mae": "oda-mae"}
 Made = tuple[Callable[[Mapping[str, Any]], dict[str, Any]], Any]
 
 
-def pretrain(config: Config, source: str, *, objective: Pretraining, seed: int) -> Stage:
+def pretrain(config: Config, source: str, *, objective: Loss, seed: int) -> Stage:
     """Plan self-supervised pre-training on a source's training plates (CODA, section 3).
 
     Parameters
@@ -65,16 +61,16 @@ def pretrain(config: Config, source: str, *, objective: Pretraining, seed: int) 
     if config.train.knn_every:
         data.labelled_held_out(config, source)
     inputs = {
-        **_inputs(config, config.pretrain, seed, section_of(objective)),
+        **training_inputs(config, config.pretrain, seed, section_of(objective)),
         "source": source,
         "objective": objective,
         "tiles": tiles.fingerprints,
     }
-    title = f"pretrain {objective} on {source}, {_named(config, seed)}"
+    title = f"pretrain {objective} on {source}, {named(config, seed)}"
     epoch = len(tiles.anchors) // config.pretrain.minibatch
-    build = partial(_self_supervised_work, config, tiles, config.pretrain, epoch, seed, objective, None, source)
-    make = partial(_make, config, config.pretrain, epoch, seed, title, build)
-    workload = _workload(section_of(objective), tiles.anchored(), config.pretrain, epoch, pairs=objective == "dino-cb")
+    build = partial(self_supervised_work, config, tiles, config.pretrain, epoch, seed, objective, None, source)
+    make = partial(make_run, config, config.pretrain, epoch, seed, title, build)
+    workload = training_workload(section_of(objective), tiles.anchored(), config.pretrain, epoch, pairs=objective == "dino-cb")
     return Stage("pretrain", title, inputs, make, workload=workload, note=note)
 
 
@@ -95,7 +91,7 @@ def classify(config: Config, source: str, *, seed: int, extractor: Stage | None)
     index = data.training_tiles(config, source).labelled()
     classes = data.classes_of(config, source)
     inputs = {
-        **_inputs(config, config.classify, seed),
+        **training_inputs(config, config.classify, seed),
         "source": source,
         "tiles": index.fingerprint,
         "held_out": data.labelled_held_out(config, source).fingerprint,
@@ -103,85 +99,16 @@ def classify(config: Config, source: str, *, seed: int, extractor: Stage | None)
     }
     if extractor and config.dino.extractor != "teacher":
         inputs["extractor"] = config.dino.extractor
-    model = MODEL_ON[extractor.inputs["objective"]] if extractor else "supervised"
-    title = f"classify {model} on {source}, {_named(config, seed)}"
+    model = model_with(extractor.inputs["objective"] if extractor else None).name
+    title = f"classify {model} on {source}, {named(config, seed)}"
     epoch = len(index) // config.classify.minibatch
     build = partial(_classify_work, config, source, index.fingerprint, classes, seed, extractor)
-    make = partial(_make, config, config.classify, epoch, seed, title, build)
-    workload = _workload("supervised", index, config.classify, epoch)
+    make = partial(make_run, config, config.classify, epoch, seed, title, build)
+    workload = training_workload("supervised", index, config.classify, epoch)
     return Stage("classify", title, inputs, make, (extractor,) if extractor else (), workload)
 
 
-def adapt(
-    config: Config,
-    pretrained: Stage,
-    target: str,
-    *,
-    granularity: Granularity,
-    unit: str,
-    seed: int,
-    until: int | None = None,
-    start: Stage | None = None,
-) -> Stage:
-    """Plan label-free adaptation of the feature extractor to one unit of a target (CODA, section 3).
-
-    The objective of the pre-training goes on with all its weights (of DINO: student, teacher and both heads), or with those
-    that another adaptation left; optimizer, schedules and centre start anew. The number of steps is the same at every
-    granularity: an epoch counts the tiles of the whole target.
-
-    Parameters
-    ----------
-    config
-        Settings; `adapt.dino` overrides `dino`.
-    pretrained
-        The pre-training.
-    target, granularity, unit
-        What is adapted to.
-    seed
-        Seed of samples and views.
-    until
-        The state after so many of the steps, as a stage of its own; the whole adaptation goes on from there.
-    start
-        An adaptation of the same pre-training that this one goes on from; None starts from the pre-training itself.
-
-    Raises
-    ------
-    DataError
-        When tiles have no partner and `adapt.no_partner` is `error`.
-    ValueError
-        When `start` adapts another pre-training.
-    """
-    if start is not None and root_of(start).key != pretrained.key:
-        raise ValueError(f"{start.title}: it adapts another model than {pretrained.title}; start from an adaptation of this one")
-    begun = start or pretrained
-    config = config.model_copy(update={"dino": config.adapting})
-    objective: Pretraining = pretrained.inputs["objective"]
-    source = pretrained.inputs["source"]
-    tiles = data.adaptation_tiles(config, source, target, granularity, unit)
-    after = f", after {start.inputs['granularity']} {start.inputs['unit']}" if start else ""
-    title = f"adapt {CONTINUED_BY[objective]} {source} to {target} {granularity} {unit}{after}, {_named(config, seed)}"
-    note = tiles.check_partners(config, title, adapting=True) if objective == "dino-cb" else None
-    optimisation = config.adapt
-    if granularity != "source" and optimisation.minibatch_unit:
-        optimisation = optimisation.model_copy(update={"minibatch": optimisation.minibatch_unit})
-    inputs = {
-        **_inputs(config, optimisation, seed, section_of(objective)),
-        "target": target,
-        "granularity": granularity,
-        "unit": unit,
-        "tiles": tiles.fingerprints,
-    }
-    epoch = len(data.known_tiles(config, source, target)) // config.adapt.minibatch
-    if config.adapt.partner_pool == "unit":
-        inputs |= _epoch_counted(epoch, optimisation, config.dino if objective != "mae" else None)
-    build = partial(_self_supervised_work, config, tiles, optimisation, epoch, seed, objective, begun, None)
-    make = partial(_make, config, optimisation, epoch, seed, title, build)
-    workload = _workload(section_of(objective), tiles.anchored(), optimisation, epoch, pairs=objective == "dino-cb")
-    whole = Stage("adapt", title, inputs, make, (begun,), workload, note=note)
-    return whole if until is None else _paused(config, whole, until)
-
-
-def _paused(config: Config, whole: Stage, until: int) -> Stage:
+def paused(config: Config, whole: Stage, until: int) -> Stage:
     """Plan a training stage's state in the middle; its checkpoints are those of the whole."""
 
     def make(folder: Folder, report: Report | None) -> Made:
@@ -190,38 +117,6 @@ def _paused(config: Config, whole: Stage, until: int) -> Stage:
 
     title = f"{whole.title}, until step {until}"
     return Stage(whole.kind, title, {**whole.inputs, "until": until}, make, whole.needs, note=whole.note)
-
-
-def tent(
-    config: Config,
-    classifier: Stage,
-    target: str,
-    *,
-    granularity: Granularity,
-    unit: str,
-    seed: int,
-    until: int | None = None,
-) -> Stage:
-    """Plan entropy minimisation on one unit of a target (Wang et al., ICLR 2021): norms of the whole model, no label."""
-    source = classifier.inputs["source"]
-    tiles = data.adaptation_tiles(config, source, target, granularity, unit)
-    title = f"adapt tent {source} to {target} {granularity} {unit}, {_named(config, seed)}"
-    inputs = {
-        **_inputs(config, config.tent, seed),
-        "objective": "tent",
-        "target": target,
-        "granularity": granularity,
-        "unit": unit,
-        "tiles": tiles.fingerprints["anchors"],
-    }
-    epoch = len(data.known_tiles(config, source, target)) // config.tent.minibatch
-    if granularity != "source":
-        inputs |= _epoch_counted(epoch, config.tent)
-    build = partial(_tent_work, config, tiles, classifier, seed)
-    make = partial(_make, config, config.tent, epoch, seed, title, build)
-    workload = _workload("tent", tiles.anchored(), config.tent, epoch)
-    whole = Stage("adapt", title, inputs, make, (classifier,), workload)
-    return whole if until is None else _paused(config, whole, until)
 
 
 def stage_tensors(config: Config, stage: Stage, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
@@ -255,15 +150,21 @@ def root_of(stage: Stage) -> Stage:
     return lineage(stage)[0]
 
 
-def objective_of(stage: Stage) -> Pretraining:
-    """Name the objective of a pre-training, or of an adaptation that continues it."""
-    objective: Pretraining = root_of(stage).inputs["objective"]
-    return objective
+def objective_of(stage: Stage) -> str:
+    """Name what a pre-training or an adaptation minimises; one that names nothing goes on with what it continues."""
+    own: str | None = stage.inputs.get("objective")
+    return objective_of(stage.needs[0]) if own is None else own
+
+
+def loss_of(stage: Stage) -> Loss | None:
+    """Name the self-supervised loss of the networks of a pre-training or of an adaptation; None: there is none."""
+    objective = objective_of(stage)
+    return trained_by(objective).loss if stage.kind == "adapt" else cast(Loss, objective)
 
 
 def extractor_of(config: Config, stage: Stage) -> dict[str, torch.Tensor]:
     """Read the feature extractor that a finished pre-training or adaptation made: a teacher (or student), or an encoder."""
-    prefix = "encoder." if objective_of(stage) == "mae" else f"{config.dino.extractor}."
+    prefix = "encoder." if loss_of(stage) == "mae" else f"{config.dino.extractor}."
     tensors = stage_tensors(config, stage)
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
@@ -278,8 +179,7 @@ def load_model(config: Config, classifier: Stage, adapted: Stage | None, channel
     classifier
         The labelled stage.
     adapted
-        A `tent` stage, which has the whole model, or an adaptation of the feature extractor, which replaces it; None takes
-        the model as it is.
+        An adaptation of the whole model, or of the feature extractor, which replaces the model's; None takes the model as it is.
     channels
         Channels of a tile.
 
@@ -290,7 +190,7 @@ def load_model(config: Config, classifier: Stage, adapted: Stage | None, channel
     """
     classes, dual = classifier.inputs["classes"], bool(classifier.needs)
     model = networks.classifier_model(networks.unfilled(config), channels=channels, classes=len(classes), dual=dual)
-    whole = adapted if adapted and adapted.inputs.get("objective") == "tent" else classifier
+    whole = adapted if adapted and trained_by(objective_of(adapted)).trains == "model" else classifier
     model.load_state_dict({name.removeprefix("model."): value for name, value in stage_tensors(config, whole).items()})
     if adapted is not None and whole is classifier:
         if not isinstance(model, DualModel):
@@ -299,29 +199,30 @@ def load_model(config: Config, classifier: Stage, adapted: Stage | None, channel
     return model
 
 
-def section_of(objective: Pretraining) -> Literal["dino", "mae"]:
-    """Name the section of the configuration that holds an objective's settings."""
-    return "mae" if objective == "mae" else "dino"
+def section_of(loss: Loss | None) -> Literal["dino", "mae"]:
+    """Name the section of the configuration that holds a self-supervised loss's settings."""
+    return "mae" if loss == "mae" else "dino"
 
 
-def _named(config: Config, seed: int) -> str:
+def named(config: Config, seed: int) -> str:
     """End the title of a training stage: what else tells it from its likes."""
     return f"seed {seed}{OF_SPLIT[config.split]}"
 
 
-def _inputs(config: Config, optimisation: Optimisation, seed: int, *sections: str) -> dict[str, Any]:
+def training_inputs(config: Config, optimisation: Optimisation, seed: int, *sections: str) -> dict[str, Any]:
     """Collect the settings that decide the result of a training stage."""
     names = ("model", "views", *sections)
     # The extractor is chosen when the finished stage is used.
     chosen: dict[str, Any] = {name: settings_of(getattr(config, name), exclude={"extractor"}) for name in names}
-    if config.model.init.endswith(".safetensors"):
-        chosen["weights"] = {"sha256": _sha256(config.model.init)}
+    file = SHIPPED if config.model.init == "simulated" else config.model.init
+    if str(file).endswith(".safetensors"):
+        chosen["weights"] = {"sha256": _sha256(str(file))}
     # `minibatch` holds what counts, and the unit stands for itself.
     rates = settings_of(optimisation, exclude={"minibatch_unit", "unit", "plates", "dino"})
     return {**chosen, "optimisation": rates, "seed": seed, "precision": config.train.precision}
 
 
-def _epoch_counted(epoch: int, optimisation: Optimisation, dino: Dino | None = None) -> dict[str, int]:
+def epoch_counted(epoch: int, optimisation: Optimisation, dino: Dino | None = None) -> dict[str, int]:
     """Make the length of an epoch an input, where a setting counts epochs and no fingerprint holds what they count."""
     durations = [optimisation.steps, optimisation.warmup]
     if dino is not None:
@@ -341,7 +242,7 @@ def _steps(optimisation: Optimisation, epoch: int) -> int:
     return max(1, steps_of(optimisation.steps, max(1, epoch)))
 
 
-def _workload(rate: Rate, index: TileIndex, optimisation: Optimisation, epoch: int, *, pairs: bool = False) -> Workload:
+def training_workload(rate: str, index: TileIndex, optimisation: Optimisation, epoch: int, *, pairs: bool = False) -> Workload:
     """Count what a training stage has to do."""
     steps = _steps(optimisation, epoch)
     return Workload(
@@ -356,7 +257,7 @@ def _workload(rate: Rate, index: TileIndex, optimisation: Optimisation, epoch: i
     )
 
 
-def _make(
+def make_run(
     config: Config,
     optimisation: Optimisation,
     epoch: int,
@@ -382,13 +283,13 @@ def _make(
     return train_loop, run
 
 
-def _self_supervised_work(
+def self_supervised_work(
     config: Config,
     tiles: data.UnlabelledTiles,
     optimisation: Optimisation,
     epoch: int,
     seed: int,
-    objective: Pretraining,
+    objective: Loss,
     start: Stage | None,
     monitored: str | None,
 ) -> Work:
@@ -432,14 +333,6 @@ def _knn(config: Config, source: str, vit: VisionTransformer, device: torch.devi
         embedded.append((found.values, data.label_codes(index, classes)[found.rows]))
     (bank, bank_labels), (queries, labels) = embedded
     return {"knn": knn_accuracy(bank, bank_labels, queries, labels, k=KNN_NEIGHBOURS)}
-
-
-def _tent_work(config: Config, tiles: data.UnlabelledTiles, classifier: Stage, seed: int) -> Work:
-    """Build Tent on the worker, from a finished labelled stage."""
-    model = load_model(config, classifier, None, len(tiles.pool.channels))
-    return Work(
-        TentObjective(model, recipe=networks.recipe(config)), tiles.source(seed=seed, crop=config.views.tile_crop, pairs=None)
-    )
 
 
 def _classify_work(config: Config, source: str, fingerprint: str, classes: list[str], seed: int, extractor: Stage | None) -> Work:

@@ -3,52 +3,26 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, cast, get_args
+from typing import Any
 
 import numpy as np
 
 from coda_ray.analysis.intervals import bootstrap_accuracy
 from coda_ray.analysis.metrics import compound_scores, image_scores, well_scores
-from coda_ray.config import METHODS_PER_UNIT, Config, Granularity, Method, Split
+from coda_ray.config import Config, Granularity
+from coda_ray.methods import Method, row_of
 from coda_ray.pipeline import data
-from coda_ray.pipeline.correct import Correction, correct
 from coda_ray.pipeline.evaluate import PROBABILITY, TILE_ID, evaluate, predictions_of
-from coda_ray.pipeline.moments import moments
+from coda_ray.pipeline.methods.plans import Fit, treated
 from coda_ray.pipeline.profile import profile
+from coda_ray.pipeline.request import Model, Request
 from coda_ray.pipeline.stage import Stage, with_needs
-from coda_ray.pipeline.train_stages import CONTINUED_BY, MODEL_ON, Pretraining, adapt, classify, pretrain, tent
+from coda_ray.pipeline.train_stages import classify, pretrain
 from coda_ray.storage import Folder
 from coda_ray.tiles.store import COMPOUND, UNIT_COLUMNS, TileIndex, content_key
 from coda_ray.tracking.records import FEATURE_SCORES, INTERVAL
 
-BASELINES: frozenset[str] = frozenset({"standardise", *get_args(Correction), "tent"})
 BOOTSTRAP_SEED = 0
-PRETRAINING: dict[Method, Pretraining] = {model: objective for objective, model in MODEL_ON.items()}
-UNADAPTED: dict[Method, Method] = {
-    **{CONTINUED_BY[objective]: model for objective, model in MODEL_ON.items()},
-    "ttt": MODEL_ON["mae"],
-}
-
-
-@dataclass(frozen=True)
-class Request:
-    """One cell of the result matrix for one seed; an adapting method brings its unadapted model along."""
-
-    source: str
-    target: str
-    method: Method
-    granularity: Granularity
-    seed: int
-    split: Split = "plate"
-
-
-@dataclass(frozen=True)
-class Model:
-    """The stages of an unadapted model."""
-
-    method: Method
-    classifier: Stage
-    extractor: Stage | None
 
 
 @dataclass(frozen=True)
@@ -89,7 +63,7 @@ class Transfer:
 
 def unadapted(config: Config, method: Method) -> Method:
     """Name the model that a method starts from; itself, where it adapts nothing."""
-    return config.baselines.model if method in BASELINES else UNADAPTED.get(method, method)
+    return row_of(method).model or config.baselines.model
 
 
 def plan(config: Config, request: Request) -> list[Transfer]:
@@ -124,14 +98,14 @@ def plan(config: Config, request: Request) -> list[Transfer]:
     found = [whole(model.method, "source", request.target, base, None)]
     if request.method == model.method:
         return found
-    if request.method not in METHODS_PER_UNIT:
-        after, _ = _treated(config, request, model, index, base, "source", request.target)
+    row = row_of(request.method)
+    if not row.per_unit:
+        after, _ = treated(config, request, model, Fit(index, base, "source", request.target))
         return [*found, whole(request.method, "source", request.target, after, None)]
     granularity = request.granularity
     for unit in data.units_of(config, request.target, granularity, request.seed):
-        after, trained = _treated(config, request, model, index, base, granularity, unit)
-        # Harmony corrects the images that it was fitted to, and no others.
-        if granularity == "source" or request.method != "harmony":
+        after, trained = treated(config, request, model, Fit(index, base, granularity, unit))
+        if granularity == "source" or row.beyond_unit:
             found.append(whole(request.method, granularity, unit, after, trained))
         if granularity != "source":
             inside = counted.unit(granularity, unit)
@@ -142,42 +116,10 @@ def plan(config: Config, request: Request) -> list[Transfer]:
 
 def model_of(config: Config, request: Request) -> Model:
     """Plan the model that a method starts from."""
-    method = unadapted(config, request.method)
-    extractor = None
-    if method != "supervised":
-        extractor = pretrain(config, request.source, objective=PRETRAINING[method], seed=request.seed)
-    return Model(method, classify(config, request.source, seed=request.seed, extractor=extractor), extractor)
-
-
-def _treated(
-    config: Config, request: Request, model: Model, index: TileIndex, base: Stage, granularity: Granularity, unit: str
-) -> tuple[Stage, Stage | None]:
-    """Plan what a method does to a model, or to its features, for one unit: the evaluation, and the training behind it."""
-    method, seed = request.method, request.seed
-    if method == "ttt":
-        return evaluate(config, index, request.target, model.classifier, autoencoder=model.extractor, seed=seed), None
-    if method not in ("standardise", *get_args(Correction)):
-        trained = adaptation(config, request, model, granularity, unit)
-        return evaluate(config, index, request.target, model.classifier, trained), trained
-    known, named = data.training_tiles(config, request.source), f"the training tiles of {request.source}"
-    if method == "standardise":
-        seen = data.target_tiles(config, request.source, request.target)
-        both = moments(config, known, named, model.classifier), moments(config, seen, request.target, model.classifier)
-        return evaluate(config, index, request.target, model.classifier, standardised=both), None
-    before = evaluate(config, known, named, model.classifier)
-    correction = cast(Correction, method)
-    return correct(config, correction, model.classifier, before, base, granularity=granularity, unit=unit, seed=seed), None
-
-
-def adaptation(
-    config: Config, request: Request, model: Model, granularity: Granularity, unit: str, until: int | None = None
-) -> Stage:
-    """Plan the training of a model on one unit of the request's target, or its state after `until` steps."""
-    target, seed = request.target, request.seed
-    if request.method == "tent":
-        return tent(config, model.classifier, target, granularity=granularity, unit=unit, seed=seed, until=until)
-    extractor = cast(Stage, model.extractor)
-    return adapt(config, extractor, target, granularity=granularity, unit=unit, seed=seed, until=until)
+    row, extractor = row_of(unadapted(config, request.method)), None
+    if row.loss:
+        extractor = pretrain(config, request.source, objective=row.loss, seed=request.seed)
+    return Model(row.name, classify(config, request.source, seed=request.seed, extractor=extractor), extractor)
 
 
 def stages_of(transfers: Iterable[Transfer]) -> list[Stage]:

@@ -13,10 +13,12 @@ from coda_ray.pipeline import data
 from coda_ray.pipeline.combine import combine
 from coda_ray.pipeline.criteria import criteria
 from coda_ray.pipeline.evaluate import evaluate
+from coda_ray.pipeline.methods.plans import adaptation
+from coda_ray.pipeline.request import Model, Request
 from coda_ray.pipeline.space import POINT, Point, config_at
 from coda_ray.pipeline.stage import Stage, with_needs
 from coda_ray.pipeline.task import run_missing
-from coda_ray.pipeline.transfer import Model, Request, Transfer, adaptation, model_of, score
+from coda_ray.pipeline.transfer import Transfer, model_of, score
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, content_key
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from coda_ray.tiles.draws import uniforms
+from coda_ray.draws import uniforms
 
 PARTNER_STREAM = 1
 REPLACEMENT_STREAM = 2

@@ -8,32 +8,10 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
+from coda_ray.methods import row_of
+
 CARD = "README.md"
 TEMPLATE = "card.md"
-_ON_SOURCE = (
-    "The feature extractor was trained without labels ({}), and is frozen under a classifier that was trained with the source's."
-)
-_GOES_ON = " Then the extractor's training went on with images of the target, without labels; the classifier stayed as it was."
-_CB, _DINO, _MAE = (
-    _ON_SOURCE.format(how)
-    for how in (
-        "DINO on pairs of images of one compound from different batches",
-        "DINO on single images",
-        "a masked autoencoder",
-    )
-)
-# How a method trains.
-METHODS = {
-    "supervised": "One vision transformer, trained with the source's labels.",
-    "dual-dino": _DINO,
-    "dual-cb": _CB,
-    "dual-mae": _MAE,
-    "oda": _DINO + _GOES_ON,
-    "coda": _CB + _GOES_ON,
-    "oda-mae": _MAE + _GOES_ON,
-    "tent": "A model of the source, whose normalisation layers were then moved, without labels, so that it is surer of "
-    "the target's images (Tent).",
-}
 
 
 def model_card(description: Mapping[str, Any], key: str, scores: pd.DataFrame, names: Sequence[str]) -> str:
@@ -57,7 +35,7 @@ def model_card(description: Mapping[str, Any], key: str, scores: pd.DataFrame, n
     """
     text = (files("coda_ray.tracking") / TEMPLATE).read_text(encoding="utf-8")
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(text)  # noqa: S701 (Markdown)
-    shown = {"key": key, "method": METHODS[description["origin"]["method"]], "scores": scores.to_dict("records")}
+    shown = {"key": key, "method": row_of(description["origin"]["method"]).card, "scores": scores.to_dict("records")}
     return template.render(**description, **shown, names=names, percent=_percent)
 
 

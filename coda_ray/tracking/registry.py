@@ -200,7 +200,7 @@ def _log(store: RunStore, name: str, files: Mapping[str, bytes], key: str) -> st
 def _copy_learn(code: Path) -> None:
     """Copy the plain torch part of this package, by which a server reads the model, and the numbers that it draws."""
     package = Path(coda_ray.__file__).parent
-    for file in ("__init__.py", "tiles/__init__.py", "tiles/draws.py"):
-        (code / file).parent.mkdir(exist_ok=True)
+    code.mkdir()
+    for file in ("__init__.py", "draws.py"):
         shutil.copy(package / file, code / file)
     shutil.copytree(package / "learn", code / "learn", ignore=shutil.ignore_patterns("__pycache__"))

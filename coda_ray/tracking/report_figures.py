@@ -3,7 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import matplotlib as mpl
 import numpy as np
@@ -14,7 +14,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from coda_ray.config import METHODS_PER_UNIT, Granularity
+from coda_ray.config import Granularity
+from coda_ray.methods import PER_UNIT, ROWS, Style
 from coda_ray.tracking.figures import COLOURS
 from coda_ray.tracking.findings import POOLED, Example, FeatureMap, LayerComparison
 from coda_ray.tracking.published import published_cells
@@ -24,6 +25,7 @@ from coda_ray.tracking.table import OF_SPLIT, TITLES, cells_of, seeds_text, show
 BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000"
 GREY = "#7F7F7F"
 PALETTE = (BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK)
+NAMED = dict(zip(("blue", "orange", "green", "pink", "sky", "red", "black", "grey"), (*PALETTE, GREY), strict=True))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*")
 PAGE_INCHES = 11.0
 DPI = 150
@@ -34,30 +36,7 @@ SHOWN_STD = 2.5
 LEGEND_COLUMNS = 4
 
 
-class Style(NamedTuple):
-    """How one method is drawn."""
-
-    colour: str
-    marker: str
-    hatch: str = ""
-
-
-# A model and what adapts it share their colour.
-STYLES: dict[str, Style] = {
-    "supervised": Style(GREY, "o"),
-    "dual-mae": Style(ORANGE, "s"),
-    "dual-dino": Style(GREEN, "^"),
-    "dual-cb": Style(BLUE, "D"),
-    "ttt": Style(RED, "v", "..."),
-    "oda-mae": Style(ORANGE, "P", "///"),
-    "oda": Style(GREEN, "X", "///"),
-    "coda": Style(BLUE, "*", "///"),
-    "probe": Style(SKY, "<"),
-    "standardise": Style(SKY, ">", "xx"),
-    "sphering": Style(SKY, "p", "---"),
-    "harmony": Style(PINK, "h", "+++"),
-    "tent": Style(BLACK, "d", "OO"),
-}
+STYLES = {row.name: row.style._replace(colour=NAMED[row.style.colour]) for row in ROWS}
 
 
 def category_styles(names: Sequence[str]) -> dict[str, Style]:
@@ -156,7 +135,7 @@ def granularity_figure(table: pd.DataFrame) -> Figure:
     have = set(zip(table["source"], table["target"], strict=True))
     pairs = [(s, t) for s in shown(table["source"].tolist()) for t in shown(table["target"].tolist()) if (s, t) in have]
     methods, levels = shown(table["method"].tolist()), [g for g in get_args(Granularity) if g in set(table["granularity"])]
-    per_unit, still = ([m for m in methods if (m in METHODS_PER_UNIT) == fitted] for fitted in (True, False))
+    per_unit, still = ([m for m in methods if (m in PER_UNIT) == fitted] for fitted in (True, False))
     columns = min(4, len(pairs))
     rows = math.ceil(len(pairs) / columns)
     figure = _figure(2.6 * columns + 1.4, 2.4 * rows + 1.2)

@@ -3,14 +3,15 @@
 import re
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 from rich.table import Table
 
-from coda_ray.config import METHODS_PER_UNIT, Granularity, Method, Split
+from coda_ray.config import Granularity, Split
+from coda_ray.methods import NAMES, PER_UNIT
 from coda_ray.storage import Folder
 from coda_ray.tiles.store import table_bytes
 from coda_ray.tracking.records import SCORES, read_records, transfers_frame
@@ -70,7 +71,7 @@ def job_matrix(transfers: pd.DataFrame, job: Mapping[str, Any]) -> pd.DataFrame:
         The rows of `matrix_table` for all scores, splits and granularities, one below the other.
     """
     own = transfers[transfers["key"].isin(job["transfers"])]
-    across = own[(own["source"] != own["target"]) & own["method"].isin(METHODS_PER_UNIT)]
+    across = own[(own["source"] != own["target"]) & own["method"].isin(PER_UNIT)]
     # A job with nothing adapted (only in-domain scores, or unadapted methods) has one table all the same.
     granularities = [g for g in get_args(Granularity) if g in set(across["granularity"])] or ["source"]
     splits = [s for s in get_args(Split) if s in set(own["split"])]
@@ -259,7 +260,7 @@ def grid(tidy: pd.DataFrame) -> tuple[list[str], list[list[str]], list[list[str]
 def rows_that_count(transfers: pd.DataFrame, granularity: Granularity) -> pd.DataFrame:
     """Choose the rows of one split that a matrix is made of; see `matrix_table`."""
     within = transfers["source"] == transfers["target"]
-    unadapted = ~transfers["method"].isin(METHODS_PER_UNIT)
+    unadapted = ~transfers["method"].isin(PER_UNIT)
     whole = (transfers["granularity"] == "source") & (transfers["scope"] == "whole")
     diagonal = within & (transfers["granularity"] == "plate") & (transfers["scope"] == "adapted")
     if granularity == "source":
@@ -292,5 +293,4 @@ def _natural(name: str) -> tuple[Any, ...]:
 
 def _method_rank(name: str) -> int:
     """Position of a method in tables; what is no method comes last."""
-    known = cast(tuple[str, ...], get_args(Method))
-    return known.index(name) if name in known else len(known)
+    return NAMES.index(name) if name in NAMES else len(NAMES)

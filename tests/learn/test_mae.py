@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from coda_ray.draws import uniforms
 from coda_ray.learn.heads import init_fan_in
 from coda_ray.learn.mae import MASK_STREAM, DecoderSpec, MaeObjective, MaskedAutoencoder
 from coda_ray.learn.optim import build_optimizer
 from coda_ray.learn.precision import choose_precision
 from coda_ray.learn.views import ViewRecipe, supervised_view
 from coda_ray.learn.vit import VitSpec, build_vit
-from coda_ray.tiles.draws import uniforms
 
 SPEC = VitSpec(name="vit", image_size=32, channels=3, patch=8, width=24, depth=2, heads=2)
 DECODER = DecoderSpec(width=16, depth=2, heads=2)

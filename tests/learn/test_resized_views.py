@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
+from coda_ray.draws import uniforms
 from coda_ray.learn.resized_views import GLOBAL_CHANCES, LONE_CHANCES, Chances, ResizedDraws, draw_resized, local_chances
 from coda_ray.learn.views import GLOBAL_STREAM, LOCAL_STREAM, ViewRecipe, dino_views, supervised_view
-from coda_ray.tiles.draws import uniforms
 
 RECIPE = ViewRecipe(
     kind="resized",

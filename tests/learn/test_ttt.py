@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from coda_ray.draws import uniforms
 from coda_ray.learn.dual import DualModel
 from coda_ray.learn.mae import DecoderSpec, MaskedAutoencoder
 from coda_ray.learn.ttt import TTT_STREAM, TttRecipe, adapt_each, adapted_parameters
 from coda_ray.learn.vit import VitSpec, build_vit, tokens
-from coda_ray.tiles.draws import uniforms
 
 SPEC = VitSpec(name="vit", image_size=32, channels=3, patch=8, width=24, depth=2, heads=2)
 RECIPE = TttRecipe(steps=3, masks=5, lr=0.05, momentum=0.9, weight_decay=0.2)

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from coda_ray.draws import uniforms
 from coda_ray.learn.views import (
     GLOBAL_STREAM,
     LOCAL_STREAM,
@@ -20,7 +21,6 @@ from coda_ray.learn.views import (
     evaluation_view,
     supervised_view,
 )
-from coda_ray.tiles.draws import uniforms
 
 RECIPE = ViewRecipe(
     kind="crop",

@@ -19,9 +19,10 @@ from coda_ray.pipeline import data
 from coda_ray.pipeline.data import DataError
 from coda_ray.pipeline.evaluate import predictions_of
 from coda_ray.pipeline.matrix import StagesFailedError
+from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.stage import Stage, with_needs
 from coda_ray.pipeline.train_stages import lineage, pretrain
-from coda_ray.pipeline.transfer import Request, plan
+from coda_ray.pipeline.transfer import plan
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import LABEL, TileStore
 from coda_ray.tracking.records import course_history, read_records

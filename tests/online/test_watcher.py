@@ -28,7 +28,7 @@ from coda_ray.online.serving import Choice, Models, watch_folder
 from coda_ray.online.watcher import Watcher
 from coda_ray.pipeline import data
 from coda_ray.pipeline.matrix import run_transfers
-from coda_ray.pipeline.transfer import Request
+from coda_ray.pipeline.request import Request
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import TileStore
 from coda_ray.tracking.registry import RegistryError

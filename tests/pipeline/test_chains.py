@@ -9,9 +9,11 @@ import torch
 from coda_ray.pipeline import data
 from coda_ray.pipeline.criteria import criteria
 from coda_ray.pipeline.evaluate import evaluate
+from coda_ray.pipeline.methods.continued import adapt
+from coda_ray.pipeline.methods.tent import tent
 from coda_ray.pipeline.models import choose, export_of, find_model, stored_models
+from coda_ray.pipeline.request import Model
 from coda_ray.pipeline.train_stages import (
-    adapt,
     classify,
     extractor_of,
     lineage,
@@ -20,10 +22,9 @@ from coda_ray.pipeline.train_stages import (
     pretrain,
     root_of,
     stage_tensors,
-    tent,
 )
 from coda_ray.storage import open_place
-from synthetic import finish, small_config, write_tiles
+from synthetic import finish, model_on, small_config, write_tiles
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def chain(config, pretrained, plates, seed=0):
     found = []
     for plate in plates:
         start = found[-1] if found else None
-        found.append(adapt(config, pretrained, "b", granularity="plate", unit=plate, seed=seed, start=start))
+        found.append(adapt(config, model_on(pretrained), "b", granularity="plate", unit=plate, seed=seed, start=start))
     return found
 
 
@@ -62,7 +63,7 @@ def test_keys_without_a_start_are_those_of_earlier_releases(config):
         return replace(stage, inputs={**stage.inputs, "tiles": "tiles"}, needs=needs)
 
     pretrained = pretrain(config, "a", objective="dino-cb", seed=0)
-    adapted = adapt(config, pretrained, "b", granularity="plate", unit="bb0p0", seed=1)
+    adapted = adapt(config, model_on(pretrained), "b", granularity="plate", unit="bb0p0", seed=1)
     below = of_the_same_tiles(pretrained)
     assert (below.key, of_the_same_tiles(adapted, below).key) == ("0c5091327444bed9", "68d1ef87bb6d47d7")
     assert adapted.needs == (pretrained,)
@@ -71,7 +72,7 @@ def test_keys_without_a_start_are_those_of_earlier_releases(config):
 def test_a_start_is_part_of_the_key_and_of_the_title(config):
     pretrained = pretrain(config, "a", objective="dino-cb", seed=0)
     first, second, third = chain(config, pretrained, ["bb0p0", "bb0p1", "bb1p0"])
-    direct = adapt(config, pretrained, "b", granularity="plate", unit="bb1p0", seed=0)
+    direct = adapt(config, model_on(pretrained), "b", granularity="plate", unit="bb1p0", seed=0)
     other = chain(config, pretrained, ["bb1p1", "bb1p0"])[-1]
     assert len({third.key, direct.key, other.key}) == 3
     assert third.inputs == direct.inputs
@@ -82,10 +83,15 @@ def test_a_start_is_part_of_the_key_and_of_the_title(config):
 def test_a_start_on_another_model_is_refused(config):
     pretrained, other = (pretrain(config, "a", objective="dino-cb", seed=seed) for seed in (0, 1))
     with pytest.raises(ValueError, match=r"it adapts another model than pretrain dino-cb on a, seed 1"):
-        adapt(config, other, "b", granularity="plate", unit="bb0p1", seed=0, start=chain(config, pretrained, ["bb0p0"])[0])
-    model = tent(config, classify(config, "a", seed=0, extractor=pretrained), "b", granularity="plate", unit="bb0p0", seed=0)
+        adapt(
+            config, model_on(other), "b", granularity="plate", unit="bb0p1", seed=0, start=chain(config, pretrained, ["bb0p0"])[0]
+        )
+    model = Model("dual-cb", classify(config, "a", seed=0, extractor=pretrained), pretrained)
+    whole = tent(config, model, "b", granularity="plate", unit="bb0p0", seed=0)
     with pytest.raises(ValueError, match=r"adapt tent .*: it adapts another model"):
-        adapt(config, pretrained, "b", granularity="plate", unit="bb0p1", seed=0, start=model)
+        adapt(config, model_on(pretrained), "b", granularity="plate", unit="bb0p1", seed=0, start=whole)
+    with pytest.raises(ValueError, match="tent starts from a model of the source alone"):
+        tent(config, model, "b", granularity="plate", unit="bb0p1", seed=0, start=whole)
 
 
 def test_training_begins_with_the_whole_state_of_the_start(config, finished):

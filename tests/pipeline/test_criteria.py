@@ -10,15 +10,16 @@ import torch
 from coda_ray.analysis.cka import MinibatchCka
 from coda_ray.analysis.selection import CRITERIA, mean_entropy, mutual_information, rank_me
 from coda_ray.config import Config
+from coda_ray.draws import uniforms
 from coda_ray.learn.views import dino_views, supervised_view
 from coda_ray.pipeline import data, networks
 from coda_ray.pipeline.criteria import SEED, anchors_of, criteria
 from coda_ray.pipeline.evaluate import TILE_ID, embeddings_of, predictions_of
 from coda_ray.pipeline.profile import profile
+from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.train_stages import stage_tensors
-from coda_ray.pipeline.transfer import Request, plan, stages_of
+from coda_ray.pipeline.transfer import plan, stages_of
 from coda_ray.storage import open_place
-from coda_ray.tiles.draws import uniforms
 from coda_ray.tiles.store import COMPOUND, LABEL
 from synthetic import small_config, write_tiles
 

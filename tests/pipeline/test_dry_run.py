@@ -16,7 +16,8 @@ from coda_ray.jump.ingest import run_ingest
 from coda_ray.pipeline.data import DataError
 from coda_ray.pipeline.dry_run import show, survey
 from coda_ray.pipeline.matrix import requests_of
-from coda_ray.pipeline.transfer import Request, plan, stages_of
+from coda_ray.pipeline.request import Request
+from coda_ray.pipeline.transfer import plan, stages_of
 from coda_ray.storage import open_place
 from coda_ray.training.checkpoints import write_tensors
 from synthetic import small_config, write_tiles

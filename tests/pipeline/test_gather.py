@@ -17,8 +17,9 @@ from coda_ray.pipeline import data, gather
 from coda_ray.pipeline.evaluate import TILE_ID, predictions_of
 from coda_ray.pipeline.gather import write_report
 from coda_ray.pipeline.matrix import requests_of, run_transfers
+from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.train_stages import pretrain
-from coda_ray.pipeline.transfer import BOOTSTRAP_SEED, Request, plan
+from coda_ray.pipeline.transfer import BOOTSTRAP_SEED, plan
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import LABEL
 from coda_ray.tracking.page import PAGE

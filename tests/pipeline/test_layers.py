@@ -9,10 +9,11 @@ from coda_ray.learn.views import evaluation_view
 from coda_ray.learn.vit import build_vit
 from coda_ray.pipeline import data, layers, networks
 from coda_ray.pipeline.layers import compare_layers, layers_of
-from coda_ray.pipeline.train_stages import adapt, extractor_of, pretrain
+from coda_ray.pipeline.methods.continued import adapt
+from coda_ray.pipeline.train_stages import extractor_of, pretrain
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import read_tiles
-from synthetic import small_config, write_tiles
+from synthetic import model_on, small_config, write_tiles
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def trained(ray_cluster, tmp_path_factory):
     for source in ("a", "b"):
         write_tiles(config, source, plates_per_batch=2)
     before = pretrain(config, "a", objective="dino-cb", seed=0)
-    after = adapt(config, before, "b", granularity="source", unit="b", seed=0)
+    after = adapt(config, model_on(before), "b", granularity="source", unit="b", seed=0)
     for stage in (before, after):
         stage.run(config, None)
     return config, before, after

@@ -5,7 +5,6 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import anndata
 import numpy as np
@@ -14,27 +13,30 @@ import pytest
 import torch
 
 from coda_ray.analysis.corrections import LinearProbe, Sphering
-from coda_ray.config import METHODS_PER_UNIT, Config, ConfigError, Method
+from coda_ray.config import Config, ConfigError
 from coda_ray.learn.ttt import TttRecipe, adapt_each
 from coda_ray.learn.views import evaluation_view
 from coda_ray.learn.vit import tokens
+from coda_ray.methods import NAMES, PER_UNIT, ROWS
 from coda_ray.pipeline import data, networks
 from coda_ray.pipeline.dry_run import survey
 from coda_ray.pipeline.evaluate import embeddings_of, predictions_of
 from coda_ray.pipeline.matrix import run_transfers
+from coda_ray.pipeline.methods import corrections
 from coda_ray.pipeline.moments import moments_of_tiles
+from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.task import run_missing
 from coda_ray.pipeline.train_stages import load_model, stage_tensors
-from coda_ray.pipeline.transfer import Request, plan, score, stages_of, unadapted
+from coda_ray.pipeline.transfer import plan, score, stages_of, unadapted
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import COMPOUND, LABEL, read_tiles
 from coda_ray.tracking.records import transfers_frame
 from synthetic import small_config, write_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = get_args(Method)
+METHODS = NAMES
 # Methods that can leave compounds out of all that they fit.
-HOLDING_OUT = [method for method in METHODS if method != "harmony"]
+HOLDING_OUT = [row.name for row in ROWS if row.holds_out]
 # Per-source DMSO tiles of the synthetic store: too few for its 16 features, hence the regularisation.
 BASELINES = {"sphering_epsilon": 0.5}
 
@@ -431,15 +433,13 @@ def test_a_stage_of_one_process_waits_for_no_gpu_and_no_group(finished, tmp_path
 def test_sphering_without_controls_is_told(finished, tmp_path, monkeypatch):
     config, _ = finished
     stage = planned(config, "sphering")[-1].evaluation
-    from coda_ray.pipeline import correct
-
     without = embeddings_of(config, stage.needs[1]).assign(Metadata_Control=None)
-    monkeypatch.setattr(correct, "embeddings_of", lambda config, stage: without)
+    monkeypatch.setattr(corrections, "embeddings_of", lambda config, stage: without)
     elsewhere = Config.model_validate({**config.model_dump(mode="json"), "results": {"address": str(tmp_path)}})
     with pytest.raises(ConfigError, match=r"no tile of it has Metadata_Control = negcon.*leave the method out"):
         stage.run(elsewhere, None)
 
 
 def test_methods_are_told_apart_by_whether_they_fit_a_unit():
-    assert set(METHODS) >= METHODS_PER_UNIT
-    assert {"supervised", "dual-cb", "ttt", "standardise", "probe"}.isdisjoint(METHODS_PER_UNIT)
+    assert set(METHODS) >= PER_UNIT
+    assert {"supervised", "dual-cb", "ttt", "standardise", "probe"}.isdisjoint(PER_UNIT)

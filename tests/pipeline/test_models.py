@@ -15,8 +15,9 @@ from coda_ray.jump.prepare import preparation_of
 from coda_ray.learn.exported import DESCRIPTION, WEIGHTS, ModelError, read_model
 from coda_ray.learn.views import evaluation_view
 from coda_ray.pipeline.models import choose, export_of, find_model, stored_models
+from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.train_stages import load_model
-from coda_ray.pipeline.transfer import Request, plan, stages_of
+from coda_ray.pipeline.transfer import plan, stages_of
 from coda_ray.storage import open_place
 from coda_ray.tracking.card import CARD
 from coda_ray.tracking.records import FEATURE_SCORES

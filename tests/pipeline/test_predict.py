@@ -18,7 +18,8 @@ from coda_ray.pipeline import data
 from coda_ray.pipeline.evaluate import TILE_ID, embeddings_of, evaluate, predictions_of
 from coda_ray.pipeline.models import export_of, find_model, stored_models
 from coda_ray.pipeline.predict import PLATE_ID, PredictionError, _is_done, _Predictor, plates_of, predict, tiles_of, well_table
-from coda_ray.pipeline.transfer import Request, plan, stages_of
+from coda_ray.pipeline.request import Request
+from coda_ray.pipeline.transfer import plan, stages_of
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import COMPOUND, LABEL, TileIndex
 from coda_ray.tiles.stream import UnreadableTilesError

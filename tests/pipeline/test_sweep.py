@@ -21,10 +21,11 @@ from coda_ray.config import Config, ConfigError, Range, Tracking, dump_config, p
 from coda_ray.pipeline import data, sweep
 from coda_ray.pipeline.evaluate import TILE_ID, predictions_of
 from coda_ray.pipeline.report import run_tune, trials_table
+from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.space import config_at
 from coda_ray.pipeline.stage import with_needs
 from coda_ray.pipeline.sweep import SCORES, TABLE, _bases, _key, run_sweep
-from coda_ray.pipeline.transfer import Request, plan
+from coda_ray.pipeline.transfer import plan
 from coda_ray.pipeline.trial import Trial
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import LABEL

@@ -18,13 +18,15 @@ from coda_ray.pipeline.data import DataError
 from coda_ray.pipeline.dry_run import survey
 from coda_ray.pipeline.evaluate import evaluate, predictions_of
 from coda_ray.pipeline.matrix import StagesFailedError, requests_of, run_transfers
+from coda_ray.pipeline.methods.continued import adapt
+from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.stage import with_needs
-from coda_ray.pipeline.train_stages import adapt, pretrain, stage_tensors
-from coda_ray.pipeline.transfer import Request, plan, stages_of
+from coda_ray.pipeline.train_stages import pretrain, stage_tensors
+from coda_ray.pipeline.transfer import plan, stages_of
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import COMPOUND, LABEL, TileStore, table_bytes
 from coda_ray.training.checkpoints import write_tensors
-from synthetic import place, small_config, write_tiles
+from synthetic import model_on, place, small_config, write_tiles
 
 SCORES = ["n_images", "n_wells", "accuracy", "macro_f1", "well_accuracy", "well_macro_f1", "steps", "key"]
 
@@ -339,15 +341,15 @@ def test_an_adaptation_that_knows_of_some_plates_is_that_of_a_target_that_has_no
     names = [name for name in data.load_tiles(config, "b").units("plate") if name.endswith("p0")]
     adapting = {"granularity": "plate", "unit": names[0], "seed": 0}
     some = config.model_copy(update={"adapt": config.adapt.model_copy(update={"plates": names})})
-    known = adapt(some, pretrained, "b", **adapting)
-    assert known.key != adapt(config, pretrained, "b", **adapting).key
+    known = adapt(some, model_on(pretrained), "b", **adapting)
+    assert known.key != adapt(config, model_on(pretrained), "b", **adapting).key
 
     few = small_config(tmp_path / "few")
     store, other = (TileStore.open(open_place(c.tiles), preparation_of(c)) for c in (config, few))
     for path in [*store.plates(["a"]), *(path for path in store.plates(["b"]) if path.endswith("p0"))]:
         for name in store.folder.names(path):
             other.folder.write(f"{path}/{name}", store.folder.read(f"{path}/{name}"))
-    assert known.key == adapt(few, pretrain(few, "a", objective="dino-cb", seed=0), "b", **adapting).key
+    assert known.key == adapt(few, model_on(pretrain(few, "a", objective="dino-cb", seed=0)), "b", **adapting).key
     missing = config.model_copy(update={"adapt": config.adapt.model_copy(update={"plates": ["p9"]})})
     with pytest.raises(DataError, match=r"adapt.plates = 'p9': b has no such finished plate"):
-        adapt(missing, pretrained, "b", **adapting)
+        adapt(missing, model_on(pretrained), "b", **adapting)

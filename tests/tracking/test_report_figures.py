@@ -1,10 +1,8 @@
-from typing import get_args
-
 import numpy as np
 import pandas as pd
 import pytest
 
-from coda_ray.config import Method
+from coda_ray.methods import NAMES
 from coda_ray.tracking.findings import Example
 from coda_ray.tracking.records import transfers_frame
 from coda_ray.tracking.report_figures import (
@@ -23,7 +21,7 @@ from invented import findings
 
 
 def test_every_method_and_many_categories_are_told_apart_without_colour_too():
-    assert set(STYLES) == set(get_args(Method))
+    assert set(STYLES) == set(NAMES)
     assert len({(style.colour, style.hatch) for style in STYLES.values()}) == len(STYLES)
     assert len({style.marker for style in STYLES.values()}) == len(STYLES)
     many = category_styles([f"moa {i}" for i in range(63)])

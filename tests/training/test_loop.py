@@ -9,10 +9,11 @@ import pytest
 import torch
 from ray import cloudpickle
 
-from coda_ray.pipeline.train_stages import adapt, classify, pretrain
+from coda_ray.pipeline.methods.continued import adapt
+from coda_ray.pipeline.train_stages import classify, pretrain
 from coda_ray.storage import open_place
 from coda_ray.training.checkpoints import read_tensors
-from synthetic import small_config, write_tiles
+from synthetic import model_on, small_config, write_tiles
 
 # Workers of a Ray Train group do not find this module by name.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -74,7 +75,7 @@ def test_a_state_in_the_middle_is_that_of_the_whole_and_the_whole_goes_on_from_i
     def adapted(config, until):
         pretrained = pretrain(config, "s", objective="dino-cb", seed=0)
         pretrained.run(config, None)
-        return adapt(config, pretrained, "t", granularity="source", unit="t", seed=0, until=until)
+        return adapt(config, model_on(pretrained), "t", granularity="source", unit="t", seed=0, until=until)
 
     whole, middle = adapted(first, None), adapted(first, 3)
     with pytest.raises(ConnectionError):

@@ -16,7 +16,8 @@ from coda_ray.analysis.corrections import LinearProbe, Sphering, harmony
 from coda_ray.config import Config, ConfigError, Granularity
 from coda_ray.jump.tables import CONTROL, NEGATIVE_CONTROL
 from coda_ray.pipeline import data
-from coda_ray.pipeline.evaluate import FEATURE, TILE_ID, embeddings_of, write_predictions
+from coda_ray.pipeline.evaluate import FEATURE, TILE_ID, embeddings_of, evaluate, write_predictions
+from coda_ray.pipeline.request import Model, Request
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.train_stages import Made
 from coda_ray.storage import Folder
@@ -95,6 +96,15 @@ def correct(
     classes = tuple(classifier.inputs["classes"])
     make = partial(_make, config, title, method, source, target, labelled, classes, (column, unit), seed)
     return Stage("correct", title, inputs, make, (source, target), runs_on="cpu")
+
+
+def corrected(
+    config: Config, method: Correction, request: Request, model: Model, before: Stage, *, granularity: Granularity, unit: str
+) -> Stage:
+    """Plan one correction of a model's features on a target; `before` is the evaluation of the model there."""
+    known, named = data.training_tiles(config, request.source), f"the training tiles of {request.source}"
+    source = evaluate(config, known, named, model.classifier)
+    return correct(config, method, model.classifier, source, before, granularity=granularity, unit=unit, seed=request.seed)
 
 
 def _check_harmony(config: Config) -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 from scipy.stats import kstest
 
-from coda_ray.tiles.draws import uniforms
+from coda_ray.draws import uniforms
 
 
 def test_a_draw_depends_on_its_own_counter_alone():

@@ -1,0 +1,1 @@
+"""How each family of methods is planned; `plans` names the one of every method."""

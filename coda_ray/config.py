@@ -260,8 +260,8 @@ class Model(Section):
         sizes = (self.arch, self.patch, self.width, self.depth, self.heads)
         if self.init == "simulated" and sizes != ("vit", 16, 96, 4, 4):
             raise ValueError(
-                "model.init = simulated: these weights are of arch vit, patch 16, width 96, depth 4, heads 4; give these sizes, or "
-                "model.init fan-in"
+                "model.init = simulated: these weights are of arch vit, patch 16, width 96, depth 4, heads 4; give these sizes, "
+                "or model.init fan-in"
             )
         return self
 

@@ -1,8 +1,8 @@
-"""Make the small backbone that the package ships: simulate many labs, ingest them, pre-train on all of them, write the weights.
+"""Make the small backbone that the package ships: simulate many labs, ingest them, pre-train on all, write the weights.
 
-The labs are of a world that no demo, test or study uses. Pre-training is cross-batch DINO on the pool of all labs: the partner of an
-image is an image of the same compound from another batch, of another lab too. Everything resumes; `configs/backbone.yaml` says what
-was shipped.
+The labs are of a world that no demo, test or study uses. Pre-training is cross-batch DINO on the pool of all labs: the
+partner of an image is an image of the same compound from another batch, also of another lab. Everything resumes;
+`configs/backbone.yaml` says what was shipped.
 """
 
 import sys

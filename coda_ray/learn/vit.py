@@ -265,9 +265,7 @@ def initialise(vit: VisionTransformer, init: str) -> None:
     if path.suffix != ".safetensors":
         raise ValueError(f"init = {init!r}: give imagenet, simulated, random, fan-in, or the path of a .safetensors file")
     if not path.is_file():
-        raise FileNotFoundError(
-            f"init = {init!r}: no such file; give imagenet, simulated, random, fan-in, or a .safetensors file"
-        )
+        raise FileNotFoundError(f"init = {init!r}: no such file; give the path of a .safetensors file")
     state = {key: value.float() for key, value in load_file(path).items() if not key.startswith("head.")}
     load_exactly(vit, state, str(path))
 

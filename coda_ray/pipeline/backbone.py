@@ -31,8 +31,8 @@ _CARD = """# The small backbone
 k-NN score of held-out plates {knn} |
 | labels | none in training; the k-NN score reads them |
 
-No demo, test or study uses this world. The weights know how simulated cells look, so they are for simulated labs: start real images
-from ImageNet weights (`model.init: imagenet`).
+No demo, test or study uses this world. The weights know how simulated cells look: they are for simulated labs. Start
+real images from ImageNet weights (`model.init: imagenet`).
 """
 
 

@@ -452,6 +452,9 @@ class Adapt(Optimisation):
     is scored stays the same."""
     no_partner: Literal["error", "same-image"] = "error"
     """A compound that has no tile in another batch: stop before training, or pair the tile with itself."""
+    standardise: Literal["never", "after"] = "never"
+    """after: once adapted, the tokens of each plate are moved to the mean and spread that the source's had before adaptation
+    (of every method that trains on the target)."""
     partner_pool: Literal["source", "unit"] = "source"
     """Where partners come from: the other batches of the whole target source, or only those of the unit itself."""
 
@@ -492,6 +495,31 @@ class Tent(Optimisation):
     """Weight decay at step 0."""
     weight_decay_end: float = Field(0.0, ge=0)
     """Weight decay at the last step."""
+
+
+class Shot(Section):
+    """Adaptation through the frozen classifier, without the source's images (methods coda-shot, oda-shot, shot, moments).
+
+    The loss is a sum of terms; a term that a method does not use has weight 0 for it. Section adapt gives steps and rates.
+    """
+
+    dino: float = Field(1.0, ge=0)
+    """Weight of DINO's loss (coda-shot: of cross-batch pairs; oda-shot: of single images)."""
+    entropy: float = Field(1.0, ge=0)
+    """Weight of the mean entropy of the predictions: each prediction is to be sure."""
+    diversity: float = Field(1.0, ge=0)
+    """Weight of the divergence of the mean prediction from the prior: predictions are to be diverse."""
+    consistency: float = Field(1.0, ge=0)
+    """Weight of the cross-entropy between the predictions of the two images of a pair, or of two views of one image."""
+    moments: float = Field(1.0, ge=0)
+    """Weight of the anchor: mean and spread of the tokens are to be those of the source."""
+    prior: Literal["uniform", "source"] = "uniform"
+    """Class shares that the diversity draws to: all alike, or those of the source's training images."""
+    margin: float = Field(1.0, gt=0, le=1)
+    """Predictions whose entropy is above this share of its maximum count in neither entropy nor diversity; 1 counts all. For
+    targets with compounds of classes that the classifier does not know."""
+    extractor: Literal["student", "teacher"] = "student"
+    """Which network becomes the feature extractor."""
 
 
 class Baselines(Section):
@@ -599,6 +627,8 @@ class Estimate(Section):
     """The same for the masked autoencoder."""
     supervised_per_s: float | None = Field(None, gt=0)
     """The same for labelled training; a dual model's is the slower one."""
+    shot_per_s: float | None = Field(None, gt=0)
+    """The same for coda-shot, oda-shot, shot and moments."""
     tent_per_s: float | None = Field(None, gt=0)
     """The same for tent."""
     inference_per_s: float | None = Field(None, gt=0)
@@ -810,6 +840,8 @@ class Config(Section):
     """Test-time training (method ttt)."""
     tent: Tent = Tent()
     """Entropy minimisation on the target (method tent)."""
+    shot: Shot = Shot()
+    """Adaptation through the frozen classifier."""
     baselines: Baselines = Baselines()
     """Corrections of features, and tent."""
     evaluate: Evaluate = Evaluate()

@@ -53,6 +53,8 @@ class MethodRow:
         How it trains, for the card of an exported model; None: it makes no model that can be exported.
     rivals
         Methods that a report compares it with, besides the model that it starts from.
+    terms
+        Of a source-free method: the terms of `learn.shot.Terms` that it may use; section `shot` weighs them.
     """
 
     name: str
@@ -69,6 +71,7 @@ class MethodRow:
     holds_out: bool = True
     card: str | None = None
     rivals: tuple[str, ...] = ()
+    terms: tuple[str, ...] = ()
 
     @property
     def exportable(self) -> bool:
@@ -93,6 +96,11 @@ _DINO = _on_source("DINO on single images")
 _CB = _on_source("DINO on pairs of images of one compound from different batches")
 _MAE = _on_source("a masked autoencoder")
 _GOES_ON = " Then the extractor's training went on with images of the target, without labels; the classifier stayed as it was."
+
+_THROUGH = " Then the extractor was trained on images of the target, without labels, through the frozen classifier, {}."
+_ALL_TERMS = (
+    "by DINO, and so that predictions are sure, diverse, and the same for {}, and tokens have the mean and spread of the source's"
+)
 
 # In the order of tables.
 ROWS: tuple[MethodRow, ...] = (
@@ -144,12 +152,66 @@ ROWS: tuple[MethodRow, ...] = (
         card=_CB + _GOES_ON,
         rivals=("supervised", "oda", "standardise"),
     ),
+    MethodRow(
+        "moments",
+        Style("pink", "H", "**"),
+        model="dual-cb",
+        trains="extractor",
+        objective="moments",
+        per_unit=True,
+        section="shot",
+        rate="shot",
+        card=_CB + _THROUGH.format("whose tokens were to have the mean and spread of the source's"),
+        terms=("moments",),
+    ),
+    MethodRow(
+        "shot",
+        Style("red", "h", "||"),
+        model="dual-cb",
+        trains="extractor",
+        objective="shot",
+        per_unit=True,
+        section="shot",
+        rate="shot",
+        card=_CB + _THROUGH.format("whose predictions were to be sure, diverse, and the same for two views of an image"),
+        rivals=("moments",),
+        terms=("entropy", "diversity", "consistency"),
+    ),
+    MethodRow(
+        "oda-shot",
+        Style("green", "d", "++"),
+        model="dual-dino",
+        loss="dino",
+        trains="extractor",
+        objective="oda-shot",
+        per_unit=True,
+        section="shot",
+        rate="shot",
+        card=_DINO + _THROUGH.format(_ALL_TERMS.format("two views of an image")),
+        rivals=("oda",),
+        terms=("dino", "entropy", "diversity", "consistency", "moments"),
+    ),
+    MethodRow(
+        "coda-shot",
+        Style("blue", "p", "++"),
+        model="dual-cb",
+        loss="dino-cb",
+        trains="extractor",
+        objective="coda-shot",
+        per_unit=True,
+        pairs=True,
+        section="shot",
+        rate="shot",
+        card=_CB + _THROUGH.format(_ALL_TERMS.format("two images of one compound")),
+        rivals=("supervised", "coda", "oda-shot", "shot"),
+        terms=("dino", "entropy", "diversity", "consistency", "moments"),
+    ),
     MethodRow("probe", Style("sky", "<")),
     MethodRow("standardise", Style("sky", ">", "xx")),
-    MethodRow("sphering", Style("sky", "p", "---"), per_unit=True, section="baselines", rivals=("probe",)),
+    MethodRow("sphering", Style("sky", "8", "---"), per_unit=True, section="baselines", rivals=("probe",)),
     MethodRow(
         "harmony",
-        Style("pink", "h", "+++"),
+        Style("pink", "s", "+++"),
         per_unit=True,
         beyond_unit=False,
         holds_out=False,
@@ -158,7 +220,7 @@ ROWS: tuple[MethodRow, ...] = (
     ),
     MethodRow(
         "tent",
-        Style("black", "d", "OO"),
+        Style("black", "x", "OO"),
         trains="model",
         objective="tent",
         per_unit=True,

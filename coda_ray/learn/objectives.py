@@ -182,17 +182,36 @@ class DinoObjective:
         loss
             0-d, with its graph.
         metrics
-            In nats: `loss` (of DINO alone), `entropy` (per sample), `mean_entropy` (of the mean output) and
+            In nats: `loss` (of DINO alone), `entropy` (per sample), `entropy_of_mean` (of the mean output) and
             `kl`; with the KoLeo term also `koleo`.
         """
-        global_views, local_views = self._views(minibatch)
+        global_views, local_views = self.views(minibatch)
+        student_logits, cls = network(global_views, local_views)
+        return self.loss_of(student_logits, cls, global_views, step)
+
+    def loss_of(self, student_logits: Tensor, cls: Tensor, global_views: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of what the student made of the views, then move the centre.
+
+        Parameters
+        ----------
+        student_logits, cls
+            (V * B, K) and (V * B, D), as `Student` gives them.
+        global_views
+            (2 * B, C, S, S), for the teacher.
+        step
+            Optimisation step, from 0.
+
+        Returns
+        -------
+        tuple
+            As `loss`.
+        """
         with torch.no_grad():
             teacher_logits, _ = self.teacher(global_views)
             targets = self.criterion.targets(teacher_logits, self.teacher_temperature(step))
-            entropy, mean_entropy = teacher_entropy(targets)
-        student_logits, cls = network(global_views, local_views)
+            entropy, entropy_of_mean = teacher_entropy(targets)
         loss = self.criterion.cross_entropy(student_logits, targets)
-        metrics = {"loss": loss.detach(), "entropy": entropy, "mean_entropy": mean_entropy}
+        metrics = {"loss": loss.detach(), "entropy": entropy, "entropy_of_mean": entropy_of_mean}
         metrics["kl"] = metrics["loss"] - entropy
         if self.koleo_weight > 0:
             first, second = cls[: len(global_views)].chunk(2)
@@ -225,7 +244,7 @@ class DinoObjective:
         self.student.eval()
         student, teacher = [], []
         for minibatch in minibatches:
-            views, samples = self._views(minibatch), len(minibatch["tile"])
+            views, samples = self.views(minibatch), len(minibatch["tile"])
             student.append(self.student(*views)[0].unflatten(0, (-1, samples)))
             teacher.append(self.teacher(views[0])[0].unflatten(0, (-1, samples)))
         self.student.train(training)
@@ -279,7 +298,7 @@ class DinoObjective:
             own = {key.partition(".")[2]: value for key, value in state.items() if key.startswith(f"{part}.")}
             load_exactly(module, own, f"the saved {part}")
 
-    def _views(self, minibatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def views(self, minibatch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Cut the global and local views of a mini-batch, on the device of the networks."""
         device = self.criterion.centre.device
         partner = minibatch.get("partner")

@@ -49,7 +49,7 @@ class TentObjective(ClassifierObjective):
         loss
             0-d (nats), with its graph.
         metrics
-            In nats: `loss` and `mean_entropy`, the entropy of the mean prediction, which falls to 0 where the
+            In nats: `loss` and `entropy_of_mean`, the entropy of the mean prediction, which falls to 0 where the
             model says the same of all images.
         """
         device = next(self.network.parameters()).device
@@ -57,5 +57,5 @@ class TentObjective(ClassifierObjective):
         logits, _ = network.eval()(views)
         log_p = torch.log_softmax(logits.float(), dim=-1)
         loss = -(log_p.exp() * log_p).sum(-1).mean()
-        mean_entropy = torch.special.entr(log_p.detach().exp().mean(0)).sum()
-        return loss, {"loss": loss.detach(), "mean_entropy": mean_entropy}
+        entropy_of_mean = torch.special.entr(log_p.detach().exp().mean(0)).sum()
+        return loss, {"loss": loss.detach(), "entropy_of_mean": entropy_of_mean}

@@ -24,9 +24,8 @@ from coda_ray.jump.layout import PlateName
 from coda_ray.online import meter
 from coda_ray.online.strategies import MEANING, Adaptation, Turn, turns_of
 from coda_ray.pipeline import data
-from coda_ray.pipeline.evaluate import evaluate
 from coda_ray.pipeline.matrix import StagesFailedError, raise_failures, run_stages
-from coda_ray.pipeline.methods.plans import TRAINED
+from coda_ray.pipeline.methods.plans import TRAINED, answers
 from coda_ray.pipeline.record import job_record, write_job
 from coda_ray.pipeline.request import Model, Request
 from coda_ray.pipeline.stage import Stage, with_needs
@@ -246,7 +245,7 @@ def _course(config: Config, request: Request, strategy: Strategy) -> Course:
         if turn.model and turn.model not in stages:
             stages[turn.model] = _adapted(config, request, model, turn.model, stages)
         trained, name = stages[turn.model] if turn.model else None, turn.plate.plate
-        told = evaluate(config, index.unit("plate", name), f"{request.target} plate {name}", model.classifier, trained)
+        told = answers(config, model, request.target, index.unit("plate", name), f"{request.target} plate {name}", trained)
         answer = Transfer({"turn": turn.number}, told, trained, counted.unit("plate", name))
         steps.append(Step(turn, answer, tuple(stages[one] for one in turn.charged)))
     return Course(strategy, request.seed, tuple(steps))

@@ -28,7 +28,7 @@ from coda_ray.learn.vit import load_exactly, tokens
 from coda_ray.pipeline import networks
 from coda_ray.pipeline.moments import moments_of_all, moments_of_tiles
 from coda_ray.pipeline.stage import Stage, pass_inputs, pass_workload, settings_of
-from coda_ray.pipeline.train_stages import Made, load_model, stage_tensors
+from coda_ray.pipeline.train_stages import Made, extractor_input, load_model, stage_tensors
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, read_parquet, table_bytes
 from coda_ray.training.infer import infer
@@ -85,21 +85,20 @@ def evaluate(
         A pre-training of a masked autoencoder, which then learns every image by itself before the classifier sees it
         (test-time training).
     standardised
-        Moments of the model's tokens on the source and on the tiles: each plate's tokens are moved to the source's moments
-        before the classifier sees them (`learn.moments.align`).
+        Moments of the tokens on the source, before any adaptation, and on the tiles, by the model that is asked: each plate's
+        tokens are moved to the source's moments before the classifier sees them (`learn.moments.align`).
     seed
         Seed of the autoencoder's masks.
     """
     tiles = index.without_labels()
-    inputs = pass_inputs(config, tiles)
-    if (adapted or autoencoder) and config.dino.extractor != "teacher":
-        inputs["extractor"] = config.dino.extractor
+    inputs = pass_inputs(config, tiles) | extractor_input(config, adapted or autoencoder)
     title = f"evaluate {(adapted or classifier).title} on {what}"
     if autoencoder:
         inputs |= {"ttt": settings_of(config.ttt, exclude={"images_at_once"}), "mae": settings_of(config.mae), "seed": seed}
         title = title.replace(classifier.title, f"ttt of {classifier.title}")
     if standardised:
-        title = title.replace(classifier.title, f"standardised {classifier.title}")
+        of = adapted or classifier
+        title = title.replace(of.title, f"standardised {of.title}")
     needs = tuple(filter(None, (classifier, adapted, autoencoder, *(standardised or ()))))
     make = partial(_make, config, tiles, title, classifier, adapted, autoencoder, standardised, seed)
     workload = pass_workload(config, tiles, "ttt" if autoencoder else "inference")

@@ -340,9 +340,12 @@ def _not_run_from_here(folder: Folder, report: object) -> NoReturn:
 
 
 def _under(adapted: Stage, classifiers: Sequence[Stage]) -> list[Stage]:
-    """List the classifiers whose feature extractor an adaptation continues; Tent adapts a classifier itself."""
-    base = root_of(adapted)
-    return [base] if base.kind == "classify" else [c for c in classifiers if [need.key for need in c.needs] == [base.key]]
+    """List the classifiers that an adaptation fits: that through which it was trained, else all on its pre-training."""
+    base, through = root_of(adapted), {need.key for need in adapted.needs if need.kind == "classify"}
+    if base.kind == "classify":
+        return [base]
+    under = [classifier for classifier in classifiers if [need.key for need in classifier.needs] == [base.key]]
+    return [classifier for classifier in under if classifier.key in through] if through else under
 
 
 def _fits(model: StoredModel, asked: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from coda_ray.learn.moments import Moments, token_sums
 from coda_ray.learn.precision import choose_precision
 from coda_ray.pipeline.data import DataError
 from coda_ray.pipeline.stage import Stage, pass_inputs, pass_workload
-from coda_ray.pipeline.train_stages import Made, load_model, stage_tensors
+from coda_ray.pipeline.train_stages import Made, extractor_input, load_model, stage_tensors
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex
 from coda_ray.training.checkpoints import write_tensors
@@ -38,9 +38,10 @@ class MomentsRun:
     config: Config
     index: TileIndex
     classifier: Stage
+    adapted: Stage | None
 
 
-def moments(config: Config, index: TileIndex, what: str, classifier: Stage) -> Stage:
+def moments(config: Config, index: TileIndex, what: str, classifier: Stage, adapted: Stage | None = None) -> Stage:
     """Plan the moments of a model's tokens on every plate of some tiles; no label is read.
 
     Parameters
@@ -53,11 +54,15 @@ def moments(config: Config, index: TileIndex, what: str, classifier: Stage) -> S
         Name of the tiles, for people.
     classifier
         The labelled stage of the model.
+    adapted
+        An adaptation of the model, whose tokens are measured; None takes the model as it is.
     """
     tiles = index.without_labels()
-    title = f"moments of {classifier.title} on {what}"
-    make = partial(_make, config, tiles, classifier)
-    return Stage("moments", title, pass_inputs(config, tiles), make, (classifier,), pass_workload(config, tiles))
+    title = f"moments of {(adapted or classifier).title} on {what}"
+    make = partial(_make, config, tiles, classifier, adapted)
+    inputs = pass_inputs(config, tiles) | extractor_input(config, adapted)
+    needs = (classifier, adapted) if adapted else (classifier,)
+    return Stage("moments", title, inputs, make, needs, pass_workload(config, tiles))
 
 
 def moments_of_all(config: Config, stage: Stage) -> Moments:
@@ -96,9 +101,11 @@ def _read(config: Config, stage: Stage) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, (stage.facts(open_place(config.results)) or {})["plates"]
 
 
-def _make(config: Config, index: TileIndex, classifier: Stage, folder: Folder, report: Report | None) -> Made:
+def _make(
+    config: Config, index: TileIndex, classifier: Stage, adapted: Stage | None, folder: Folder, report: Report | None
+) -> Made:
     """Describe the stage to the worker loop; it has no curve to report."""
-    return moments_loop, MomentsRun(folder, config, index, classifier)
+    return moments_loop, MomentsRun(folder, config, index, classifier, adapted)
 
 
 def moments_loop(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +126,7 @@ def moments_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(run.config.train.threads)
     context = ray.train.get_context()
     device = device_of(run.config.train)
-    model = load_model(run.config, run.classifier, None, len(run.index.channels)).to(device).eval()
+    model = load_model(run.config, run.classifier, run.adapted, len(run.index.channels)).to(device).eval()
     plates, code = np.unique(plate_names(run.index), return_inverse=True)
     width = model.width
     sums, count = np.zeros((len(plates), 4 * width)), np.zeros(len(plates))

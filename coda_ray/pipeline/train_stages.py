@@ -68,9 +68,10 @@ def pretrain(config: Config, source: str, *, objective: Loss, seed: int) -> Stag
     }
     title = f"pretrain {objective} on {source}, {named(config, seed)}"
     epoch = len(tiles.anchors) // config.pretrain.minibatch
-    build = partial(self_supervised_work, config, tiles, config.pretrain, epoch, seed, objective, None, source)
+    pairs = objective == "dino-cb"
+    build = partial(self_supervised_work, config, tiles, config.pretrain, epoch, seed, objective, None, source, pairs=pairs)
     make = partial(make_run, config, config.pretrain, epoch, seed, title, build)
-    workload = training_workload(section_of(objective), tiles.anchored(), config.pretrain, epoch, pairs=objective == "dino-cb")
+    workload = training_workload(section_of(objective), tiles.anchored(), config.pretrain, epoch, pairs=pairs)
     return Stage("pretrain", title, inputs, make, workload=workload, note=note)
 
 
@@ -97,8 +98,7 @@ def classify(config: Config, source: str, *, seed: int, extractor: Stage | None)
         "held_out": data.labelled_held_out(config, source).fingerprint,
         "classes": classes,
     }
-    if extractor and config.dino.extractor != "teacher":
-        inputs["extractor"] = config.dino.extractor
+    inputs |= extractor_input(config, extractor)
     model = model_with(extractor.inputs["objective"] if extractor else None).name
     title = f"classify {model} on {source}, {named(config, seed)}"
     epoch = len(index) // config.classify.minibatch
@@ -164,9 +164,30 @@ def loss_of(stage: Stage) -> Loss | None:
 
 def extractor_of(config: Config, stage: Stage) -> dict[str, torch.Tensor]:
     """Read the feature extractor that a finished pre-training or adaptation made: a teacher (or student), or an encoder."""
-    prefix = "encoder." if loss_of(stage) == "mae" else f"{config.dino.extractor}."
+    prefix = f"{_extractor_name(config, stage)}."
     tensors = stage_tensors(config, stage)
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def extractor_input(config: Config, stage: Stage | None) -> dict[str, str]:
+    """Name which network of a pre-training or adaptation is the feature extractor, for a key; left out where it is as always."""
+    if stage is None or trained_whole(stage):
+        return {}
+    name = _extractor_name(config, stage)
+    return {} if name in ("teacher", "encoder") else {"extractor": name}
+
+
+def trained_whole(stage: Stage) -> bool:
+    """Whether an adaptation holds the whole model, and not a feature extractor alone."""
+    return stage.kind == "adapt" and trained_by(objective_of(stage)).trains == "model"
+
+
+def _extractor_name(config: Config, stage: Stage) -> str:
+    """Name the network of a stage that is the feature extractor."""
+    if loss_of(stage) == "mae":
+        return "encoder"
+    section = trained_by(objective_of(stage)).section if stage.kind == "adapt" else None
+    return config.shot.extractor if section == "shot" else config.dino.extractor
 
 
 def load_model(config: Config, classifier: Stage, adapted: Stage | None, channels: int) -> SupervisedModel | DualModel:
@@ -190,7 +211,7 @@ def load_model(config: Config, classifier: Stage, adapted: Stage | None, channel
     """
     classes, dual = classifier.inputs["classes"], bool(classifier.needs)
     model = networks.classifier_model(networks.unfilled(config), channels=channels, classes=len(classes), dual=dual)
-    whole = adapted if adapted and trained_by(objective_of(adapted)).trains == "model" else classifier
+    whole = adapted if adapted and trained_whole(adapted) else classifier
     model.load_state_dict({name.removeprefix("model."): value for name, value in stage_tensors(config, whole).items()})
     if adapted is not None and whole is classifier:
         if not isinstance(model, DualModel):
@@ -218,7 +239,7 @@ def training_inputs(config: Config, optimisation: Optimisation, seed: int, *sect
     if str(file).endswith(".safetensors"):
         chosen["weights"] = {"sha256": _sha256(str(file))}
     # `minibatch` holds what counts, and the unit stands for itself.
-    rates = settings_of(optimisation, exclude={"minibatch_unit", "unit", "plates", "dino"})
+    rates = settings_of(optimisation, exclude={"minibatch_unit", "unit", "plates", "dino", "standardise"})
     return {**chosen, "optimisation": rates, "seed": seed, "precision": config.train.precision}
 
 
@@ -292,6 +313,8 @@ def self_supervised_work(
     objective: Loss,
     start: Stage | None,
     monitored: str | None,
+    *,
+    pairs: bool,
 ) -> Work:
     """Build DINO or the masked autoencoder on the worker, from initial weights, a pre-training or an adaptation."""
     epoch = max(1, epoch)
@@ -308,8 +331,7 @@ def self_supervised_work(
         guard = networks.collapse_guard(config, section="dino" if start is None else "adapt.dino")
     if start is not None:
         learner.warm_start(stage_tensors(config, start))
-    pairs = config.dino.pairs if objective == "dino-cb" else None
-    source = tiles.source(seed=seed, crop=config.views.tile_crop, pairs=pairs)
+    source = tiles.source(seed=seed, crop=config.views.tile_crop, pairs=config.dino.pairs if pairs else None)
     monitor = None
     if monitored and config.train.knn_every:
         monitor = Monitor(config.train.knn_every, partial(_knn, config, monitored, watched))

@@ -13,7 +13,7 @@ from coda_ray.pipeline import data
 from coda_ray.pipeline.combine import combine
 from coda_ray.pipeline.criteria import criteria
 from coda_ray.pipeline.evaluate import evaluate
-from coda_ray.pipeline.methods.plans import adaptation
+from coda_ray.pipeline.methods.plans import adaptation, answers
 from coda_ray.pipeline.request import Model, Request
 from coda_ray.pipeline.space import POINT, Point, config_at
 from coda_ray.pipeline.stage import Stage, with_needs
@@ -79,15 +79,20 @@ class Cell:
 
     def after(self, until: int | None) -> tuple[Stage, Stage]:
         """Plan predictions and criteria after `until` steps, or at the end."""
-        request, classifier = self.request, self._model.classifier
+        request = self.request
         trained = {unit: self._trained(unit, until) for unit in self._units}
         if request.granularity == "source":
             (whole,) = trained.values()
-            evaluation = evaluate(self.config, self.index, request.target, classifier, whole)
+            evaluation = answers(self.config, self._model, request.target, self.index, request.target, whole)
         else:
             parts = {
-                unit: evaluate(
-                    self.config, self.index.unit(request.granularity, unit), f"{request.target} {unit}", classifier, stage
+                unit: answers(
+                    self.config,
+                    self._model,
+                    request.target,
+                    self.index.unit(request.granularity, unit),
+                    f"{request.target} {unit}",
+                    stage,
                 )
                 for unit, stage in trained.items()
             }

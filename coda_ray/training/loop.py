@@ -259,7 +259,7 @@ class _Worker:
                 )
         # Points that scoring and pausing add are no part of the run, so the guard's patience must not count them.
         if self.work.guard is not None and self.step % self.run.train.log_every == 0:
-            self.work.guard.watch(self.step, point["entropy"], point["mean_entropy"])
+            self.work.guard.watch(self.step, point["entropy"], point["entropy_of_mean"])
         if self.rank == 0:
             time_ms = int(time.time() * 1000)
             self.history.append({"step": self.step, "time_ms": time_ms, **point})

@@ -108,7 +108,7 @@ def test_dino_loss_equals_one_forward_pass_per_view(paired: bool) -> None:
     torch.testing.assert_close(loss, plain.criterion(student, teacher, 0.06), rtol=1e-5, atol=1e-5)
     assert metrics["kl"].item() == pytest.approx(metrics["loss"].item() - metrics["entropy"].item())
     assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
-    assert set(metrics) == {"loss", "entropy", "mean_entropy", "kl"}
+    assert set(metrics) == {"loss", "entropy", "entropy_of_mean", "kl"}
 
 
 def test_koleo_is_added_once_per_global_view() -> None:

@@ -67,9 +67,9 @@ def test_loss_is_the_mean_entropy_of_the_evaluation_views(dual: bool) -> None:
     entropies = [-(torch.tensor(row) * torch.tensor(row).log()).sum().item() for row in shares]
     mean = torch.tensor(shares).mean(0)
     assert loss.item() == pytest.approx(sum(entropies) / B, rel=1e-5)
-    assert set(metrics) == {"loss", "mean_entropy"}
+    assert set(metrics) == {"loss", "entropy_of_mean"}
     assert metrics["loss"].item() == loss.item()
-    assert metrics["mean_entropy"].item() == pytest.approx(-(mean * mean.log()).sum().item(), rel=1e-5)
+    assert metrics["entropy_of_mean"].item() == pytest.approx(-(mean * mean.log()).sum().item(), rel=1e-5)
     assert not any(value.requires_grad for value in metrics.values())
 
 

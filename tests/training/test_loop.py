@@ -123,7 +123,7 @@ def test_history_counts_every_log_point_once(ray_cluster, tmp_path):
     folder = open_place(config.results).child(stage.path)
     history = pq.read_table(io.BytesIO(folder.read("history.parquet")))
     assert history["step"].to_pylist() == list(range(1, 8))
-    assert {"time_ms", "loss", "lr", "entropy", "mean_entropy", "images_per_s"} <= set(history.column_names)
+    assert {"time_ms", "loss", "lr", "entropy", "entropy_of_mean", "images_per_s"} <= set(history.column_names)
     assert json.loads(folder.read("done.json"))["steps"] == 7
     assert folder.names("checkpoints") == []
 

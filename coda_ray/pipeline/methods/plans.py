@@ -9,7 +9,8 @@ from coda_ray.methods import Method
 from coda_ray.pipeline.evaluate import evaluate
 from coda_ray.pipeline.methods.continued import adapt
 from coda_ray.pipeline.methods.corrections import Correction, corrected
-from coda_ray.pipeline.methods.standardise import standardised
+from coda_ray.pipeline.methods.shot import shot
+from coda_ray.pipeline.methods.standardise import own_and_wanted
 from coda_ray.pipeline.methods.tent import tent
 from coda_ray.pipeline.request import Model, Request
 from coda_ray.pipeline.stage import Stage
@@ -66,14 +67,24 @@ def _correct(method: Correction, config: Config, request: Request, model: Model,
 
 
 def _standardise(config: Config, request: Request, model: Model, fit: Fit) -> Stage:
-    return standardised(config, request, model, fit.index)
+    moved = own_and_wanted(config, model, request.target)
+    return evaluate(config, fit.index, request.target, model.classifier, standardised=moved)
 
 
 def _ttt(config: Config, request: Request, model: Model, fit: Fit) -> Stage:
     return evaluate(config, fit.index, request.target, model.classifier, autoencoder=model.pretrained, seed=request.seed)
 
 
-TRAINED: dict[Method, Train] = {"oda-mae": adapt, "oda": adapt, "coda": adapt, "tent": tent}
+TRAINED: dict[Method, Train] = {
+    "oda-mae": adapt,
+    "oda": adapt,
+    "coda": adapt,
+    "moments": partial(shot, "moments"),
+    "shot": partial(shot, "shot"),
+    "oda-shot": partial(shot, "oda-shot"),
+    "coda-shot": partial(shot, "coda-shot"),
+    "tent": tent,
+}
 TREATED: dict[Method, Treat] = {
     "ttt": _ttt,
     "probe": partial(_correct, "probe"),
@@ -102,4 +113,26 @@ def treated(config: Config, request: Request, model: Model, fit: Fit) -> tuple[S
     if request.method in TREATED:
         return TREATED[request.method](config, request, model, fit), None
     trained = adaptation(config, request, model, fit.granularity, fit.unit)
-    return evaluate(config, fit.index, request.target, model.classifier, trained), trained
+    return answers(config, model, request.target, fit.index, request.target, trained), trained
+
+
+def answers(config: Config, model: Model, target: str, index: TileIndex, what: str, trained: Stage | None) -> Stage:
+    """Plan the predictions of a model for some tiles of a target.
+
+    Parameters
+    ----------
+    config
+        Settings; `adapt.standardise` counts for a model that was trained on the target.
+    model
+        The unadapted model.
+    target
+        The target.
+    index, what
+        The tiles, and their name for people.
+    trained
+        Its training on the target; None for the model as it is.
+    """
+    moved = None
+    if trained is not None and config.adapt.standardise == "after":
+        moved = own_and_wanted(config, model, target, trained)
+    return evaluate(config, index, what, model.classifier, trained, standardised=moved)

@@ -2,28 +2,26 @@
 
 from coda_ray.config import Config
 from coda_ray.pipeline import data
-from coda_ray.pipeline.evaluate import evaluate
 from coda_ray.pipeline.moments import moments
-from coda_ray.pipeline.request import Model, Request
+from coda_ray.pipeline.request import Model
 from coda_ray.pipeline.stage import Stage
-from coda_ray.tiles.store import TileIndex
 
 
-def standardised(config: Config, request: Request, model: Model, index: TileIndex) -> Stage:
-    """Plan the evaluation of a model on standardised tokens.
+def own_and_wanted(config: Config, model: Model, target: str, trained: Stage | None = None) -> tuple[Stage, Stage]:
+    """Plan the moments of a model's tokens on its source, as it is, and on a target, as it is or after training there.
 
     Parameters
     ----------
     config
         Settings.
-    request
-        Source and target.
     model
         The unadapted model.
-    index
-        The target's tiles that are evaluated.
+    target
+        The target.
+    trained
+        Its training on the target; None measures the model as it is there too.
     """
-    known, named = data.training_tiles(config, request.source), f"the training tiles of {request.source}"
-    seen = data.target_tiles(config, request.source, request.target)
-    both = moments(config, known, named, model.classifier), moments(config, seen, request.target, model.classifier)
-    return evaluate(config, index, request.target, model.classifier, standardised=both)
+    source = model.classifier.inputs["source"]
+    known, named = data.training_tiles(config, source), f"the training tiles of {source}"
+    seen = data.target_tiles(config, source, target)
+    return moments(config, known, named, model.classifier), moments(config, seen, target, model.classifier, trained)

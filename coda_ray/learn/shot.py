@@ -257,7 +257,8 @@ def moment_distance(features: Tensor, source: Moments) -> Tensor:
     variance = source.std.square()
     least = LEAST_VARIANCE * variance.mean()
     std = (square - mean.square()).clamp(min=1e-12).sqrt()
-    return (((mean - source.mean).square() + (std - source.std).square()) / variance.clamp(min=least)).mean()
+    distance: Tensor = ((mean - source.mean).square() + (std - source.std).square()) / variance.clamp(min=least)
+    return distance.mean()
 
 
 def _over_ranks(x: Tensor) -> Tensor:

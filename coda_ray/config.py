@@ -10,13 +10,22 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
@@ -108,6 +117,59 @@ def _check_model(value: str, info: ValidationInfo) -> str:
 
 
 ModelAddress = Annotated[str, Field(min_length=1), AfterValidator(_check_model)]
+# Between the names of the labs that are one source together.
+POOL = "+"
+
+
+def labs_of(source: str) -> list[str]:
+    """Name the labs that a source is made of: itself, or those of a pool."""
+    return source.split(POOL)
+
+
+def pool_of(labs: Iterable[str]) -> str:
+    """Name the source that some labs are together; a single one is itself."""
+    return POOL.join(sorted(labs))
+
+
+def _check_source(value: Any) -> Any:
+    """Give a pool, a list of labs or their names with + between, its one spelling."""
+    parts = list(value) if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(part, str) for part in parts) or value == "":  # for the field to refuse
+        return value
+    labs = [lab.strip() for part in parts for lab in labs_of(part)]
+    if not labs or "" in labs:
+        raise ValueError("a lab of the pool has no name; give names with + between, such as sim_a+sim_b")
+    double = next((lab for lab in labs if labs.count(lab) > 1), None)
+    if double is not None:
+        raise ValueError(f"{double} is in the pool twice; name each lab once")
+    return pool_of(labs)
+
+
+def _check_target(value: str) -> str:
+    """Accept one lab."""
+    if POOL in value:
+        raise ValueError(f"a pool of labs can be a source alone; give one lab, or each by itself: {', '.join(labs_of(value))}")
+    return value
+
+
+SourceName = Annotated[str, BeforeValidator(_check_source)]
+TargetName = Annotated[str, AfterValidator(_check_target)]
+
+
+def check_pair(source: str, target: str) -> None:
+    """Refuse a target that no model of a source is adapted to; a source that is its own target is scored on what it holds out.
+
+    Raises
+    ------
+    ConfigError
+        When the target is a pool, or a lab of the source's pool.
+    """
+    if target == source:
+        return
+    if POOL in target:
+        raise ConfigError(f"target {target}: a pool of labs can be a source alone; give one lab")
+    if target in labs_of(source):
+        raise ConfigError(f"target {target}: source {source} was trained on it; leave it out of the pool, or give another lab")
 
 
 class Place(Section):
@@ -599,10 +661,10 @@ class Tracking(Section):
 class Matrix(Section):
     """What jobs/matrix.py runs: every source x target x method x granularity x seed."""
 
-    sources: list[str] = []
-    """Sources to train on."""
-    targets: list[str] = []
-    """Targets to adapt to; the source itself is scored on its held-out plate."""
+    sources: list[SourceName] = []
+    """Sources to train on; several labs together, a pool, as sim_a+sim_b, or as a list in the list: [sim_c, [sim_a, sim_b]]."""
+    targets: list[TargetName] = []
+    """Targets to adapt to, each lab but those of the source; the source itself is scored on its held-out plates."""
     methods: list[Method] = ["supervised", "dual-cb", "oda", "coda"]
     """Rows of the result matrix."""
     granularities: list[Granularity] = ["source"]
@@ -640,7 +702,7 @@ class Estimate(Section):
 class Report(Section):
     """What jobs/report.py shows beside the tables. Maps (UMAP) and comparisons of layers (CKA): of the first split and seed."""
 
-    pairs: list[tuple[str, str]] = []
+    pairs: list[tuple[SourceName, TargetName]] = []
     """Source and target of the maps and of the comparisons of layers, such as [["source_3", "source_7"]]; empty takes the first
     of the matrix."""
     method: AdaptingMethod | None = None
@@ -677,9 +739,9 @@ class Predict(Section):
 class Watch(Section):
     """What jobs/watch.py does with plates as they arrive. No label of theirs is read."""
 
-    source: str | None = None
-    """Source that the model is trained on."""
-    targets: list[str] = []
+    source: SourceName | None = None
+    """Source that the model is trained on; a pool of labs as sim_a+sim_b."""
+    targets: list[TargetName] = []
     """Sources whose new plates are taken; empty means every other source of the bucket."""
     method: AdaptingMethod = "coda"
     """What is adapted by."""
@@ -716,17 +778,18 @@ class Watch(Section):
 
     @model_validator(mode="after")
     def _source_is_no_target(self) -> Self:
-        if self.source in self.targets:
-            raise ValueError(f"watch.targets = {self.targets}: {self.source!r} is watch.source; leave it out")
+        double = sorted(set(labs_of(self.source or "")) & set(self.targets))
+        if double:
+            raise ValueError(f"watch.targets = {self.targets}: {double[0]!r} is watch.source, or a lab of it; leave it out")
         return self
 
 
 class Online(Section):
     """What jobs/online.py compares: strategies that predict the plates of a target as they arrive, one by one."""
 
-    source: str | None = None
-    """Source that the model is trained on."""
-    target: str | None = None
+    source: SourceName | None = None
+    """Source that the model is trained on; a pool of labs as sim_a+sim_b."""
+    target: TargetName | None = None
     """Source whose plates arrive, by batch and name."""
     method: AdaptingMethod = "coda"
     """What is adapted by."""
@@ -759,8 +822,9 @@ class Range(Section):
 class Tune(Section):
     """What jobs/tune.py searches: one trial is one adaptation of every pair and seed with the same hyperparameters."""
 
-    pairs: list[tuple[str, str]] = []
-    """Source and target of the adaptations, such as [["source_3", "source_7"]]; a trial's score is the mean over them."""
+    pairs: list[tuple[SourceName, TargetName]] = []
+    """Source and target of the adaptations, such as [["source_3", "source_7"]], a pool of labs as source_3+source_5; a trial's
+    score is the mean over them."""
     method: TrainedMethod = "coda"
     """What is adapted by, where the space does not search it, or jobs/adapt.py is not told."""
     granularity: Granularity = "source"
@@ -799,10 +863,11 @@ class Tune(Section):
         empty = sorted(name for name, domain in self.space.items() if domain == [])
         if empty:
             raise ValueError(f"tune.space.{empty[0]} is empty; give values, or low and high")
-        itself = [source for source, target in self.pairs if source == target]
+        itself = [target for source, target in self.pairs if target in labs_of(source)]
         if itself:
             raise ValueError(
-                f"tune.pairs = {self.pairs}: {itself[0]!r} is adapted to itself; give it another target, or leave it out"
+                f"tune.pairs = {self.pairs}: {itself[0]!r} is adapted to itself: it is the source, or a lab of it; give another "
+                "target, or leave it out"
             )
         return self
 

@@ -1,11 +1,11 @@
 """Adapt a model from one source to one target, score it before and after, and log it to MLflow."""
 
 import sys
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from coda_ray.config import Config, Granularity, parse_job
+from coda_ray.config import Config, Granularity, SourceName, check_pair, parse_job
 from coda_ray.methods import Method
 
 
@@ -24,10 +24,10 @@ def tune_granularity(known: dict[str, Any]) -> Granularity:
 class AdaptJob(Config):
     """Configuration of jobs/adapt.py."""
 
-    source: str
-    """Source whose model is adapted."""
-    target: str
-    """Target that it is adapted to."""
+    source: SourceName
+    """Source whose model is adapted; several labs together, a pool, as sim_a+sim_b."""
+    target: SourceName
+    """Target that it is adapted to: one lab, and none of the source's; the source itself is scored on its held-out plates."""
     method: Method = Field(default_factory=tune_method)
     """Row of the result matrix; a method that adapts or corrects is scored beside the model that it starts from. Unset,
     tune.method, so that the best.yaml of a sweep is adapted with as it is."""
@@ -35,6 +35,11 @@ class AdaptJob(Config):
     """Unit of adaptation: the whole target, each of its batches, or each of its plates; unset, tune.granularity."""
     seed: int = Field(0, ge=0)
     """Seed of weights, samples and views."""
+
+    @model_validator(mode="after")
+    def _target_is_another_lab(self) -> Self:
+        check_pair(self.source, self.target)
+        return self
 
 
 def main() -> int:

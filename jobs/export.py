@@ -7,7 +7,7 @@ import sys
 
 from pydantic import AliasChoices, Field
 
-from coda_ray.config import Address, Config, Granularity, parse_job, told_in_one_line
+from coda_ray.config import Address, Config, Granularity, SourceName, parse_job, told_in_one_line
 from coda_ray.methods import Method
 
 
@@ -20,9 +20,9 @@ class ExportJob(Config):
     register_as: str | None = Field(None, pattern=r"^[\w. -]+$", validation_alias=AliasChoices("register", "register_as"))
     """Name in MLflow's model registry (MLFLOW_TRACKING_URI, else that of the results): a new version, with the alias `source`
     or `adapted-<target>-<unit>`."""
-    source: str | None = None
-    """Source that the model was trained on."""
-    target: str | None = None
+    source: SourceName | None = None
+    """Source that the model was trained on; a pool of labs as sim_a+sim_b."""
+    target: SourceName | None = None
     """Target that it was adapted to; the source itself for an unadapted model."""
     method: Method | None = None
     """What it is, such as supervised, dual-cb, coda."""

@@ -48,15 +48,20 @@ def small_config(root: Path, **sections: object) -> Config:
     return Config.model_validate(values)
 
 
-def write_tiles(config: Config, source: str, *, batches: int = 2, plates_per_batch: int = 1, seed: int = 0) -> TileStore:
-    """Write the tiles of one source: every compound once per plate with two sites, and a DMSO well."""
+def write_tiles(
+    config: Config, source: str, *, batches: int = 2, plates_per_batch: int = 1, seed: int = 0, plates_of: str | None = None
+) -> TileStore:
+    """Write the tiles of one source: every compound once per plate with two sites, and a DMSO well.
+
+    Plates are named after the source, or after another (`plates_of`), so that two have plates of the same names.
+    """
     rng = np.random.default_rng([seed, sum(map(ord, source))])
     store = TileStore.open(open_place(config.tiles), preparation_of(config))
     phase = np.arange(SIDE)[None, :] * 2 * np.pi
     for batch in range(batches):
         gain, offset = rng.uniform(40, 90), rng.uniform(80, 140)
         for number in range(plates_per_batch):
-            plate = f"{source}b{batch}p{number}"
+            plate = f"{plates_of or source}b{batch}p{number}"
             path = store.plate_path(source, f"b{batch}", plate)
             tiles, rows = [], []
             wells = [(m, c) for m in range(MOAS) for c in range(COMPOUNDS)] + [(None, None)]

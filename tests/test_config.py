@@ -72,6 +72,13 @@ def test_a_dumped_config_reads_back(tmp_path):
         (["--stream.cache", "s3://b/x"], r"stream\.cache = 's3://b/x'"),
         (["--adapt.minibach", "3", "--adapt.lrr=4"], r"--adapt\.minibach: .*did you mean --adapt\.minibatch\?\n--adapt\.lrr: "),
         (["--watch.source", "a", "--watch.targets", "a,b"], r"watch\.targets = \['a', 'b'\]: 'a' is watch\.source.*leave it out"),
+        (["--watch.source", "b+a", "--watch.targets", "a"], r"watch\.targets = \['a'\]: 'a' is watch\.source, or a lab of it"),
+        (["--matrix.sources", "a+b,a+a"], r"matrix\.sources = 'a\+a': a is in the pool twice; name each lab once"),
+        (["--matrix.sources", "a+"], r"matrix\.sources = 'a\+': a lab of the pool has no name; .*such as sim_a\+sim_b"),
+        (["--matrix.sources", "[[]]"], r"matrix\.sources = \[\]: a lab of the pool has no name"),
+        (["--matrix.targets", "a+b"], r"matrix\.targets = 'a\+b': a pool of labs can be a source alone; .*each by itself: a, b"),
+        (["--online.target", "a+b"], r"online\.target = 'a\+b': a pool of labs can be a source alone"),
+        (["--tune.pairs", '[["a+b", "a"]]'], r"tune\.pairs = .*'a' is adapted to itself: it is the source, or a lab of it"),
         (["stray"], r"'stray' belongs to no option"),
     ],
 )
@@ -91,6 +98,32 @@ def test_a_wrong_value_is_told_with_field_value_and_remedy(overrides, told):
 def test_what_a_sweep_chose_is_adapted_with_where_nothing_else_is_told(options, chosen):
     job = build_config(AdaptJob, None, ["--source", "a", "--target", "b", *options])
     assert (job.method, job.granularity) == chosen
+
+
+def test_a_pool_has_one_spelling(tmp_path):
+    file = tmp_path / "c.yaml"
+    values = {"matrix": {"sources": ["c", ["b", "a"], "d+ c"]}, "tune": {"pairs": [["b+a", "c"], [["d", "a", "b"], "c"]]}}
+    file.write_text(yaml.safe_dump(values))
+    config = build_config(Config, str(file), ["--watch.source", "b+a", "--online.source", "b + a"])
+    assert config.matrix.sources == ["c", "a+b", "c+d"]
+    assert config.tune.pairs == [("a+b", "c"), ("a+b+d", "c")]
+    assert (config.watch.source, config.online.source) == ("a+b", "a+b")
+    assert build_config(Config, None, ["--matrix.sources", '["c", ["b", "a"]]']).matrix.sources == ["c", "a+b"]
+    file.write_text(dump_config(config))
+    assert build_config(Config, str(file)) == config
+    assert build_config(AdaptJob, None, ["--source", "b+a", "--target", "a+b"]).target == "a+b"
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "told"),
+    [
+        ("a+b", "a", r"target a: source a\+b was trained on it"),
+        ("c", "a+b", r"target a\+b: a pool of labs can be a source alone"),
+    ],
+)
+def test_what_cannot_be_adapted_to_is_told_before_the_start(source, target, told):
+    with pytest.raises(ConfigError, match=told):
+        build_config(AdaptJob, None, ["--source", source, "--target", target])
 
 
 def test_of_a_wrong_field_those_that_follow_it_are_not_told():

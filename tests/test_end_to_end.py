@@ -99,6 +99,24 @@ def test_the_papers_settings_run_at_full_size(job, tiny_bucket, tmp_path):
     assert embeddings.filter(like="feature_").shape[1] == 384
 
 
+def test_a_pool_of_labs_is_trained_on_and_scored_on_another(job, tiny_bucket, tmp_path):
+    brief = {"steps": 2, "minibatch": 8}
+    stages = {"pretrain": brief, "classify": {**brief, "validate_every": 2}, "adapt": brief}
+    matrix = {"sources": [["sim_b", "sim_a"]], "targets": ["sim_a", "sim_c"], "methods": ["standardise", "coda"]}
+    file = small(tmp_path, tiny_bucket, ingest={"channels": ["DNA"]}, matrix=matrix, **stages)
+    job("ingest.py", "--config", file)
+    shown = job("matrix.py", "--config", file)
+    assert "sim_a+sim_b → sim_c" in shown
+    rows = pd.read_parquet(tmp_path / "results" / "transfers.parquet").set_index(["source", "target", "method"])
+    pool = "sim_a+sim_b"
+    expected = {(pool, "sim_c", method) for method in ("dual-cb", "standardise", "coda")} | {(pool, pool, "dual-cb")}
+    assert set(rows.index) == expected
+    again = job("adapt.py", "--config", file, "--source", "sim_b+sim_a", "--target", "sim_c", "--method", "coda")
+    told = re.search(r"(\d+) stages, (\d+) of them finished before", again)
+    assert told
+    assert told[1] == told[2]
+
+
 @pytest.mark.long
 def test_every_method_from_the_bucket_to_the_report(job, tiny_bucket, tmp_path):
     config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())

@@ -18,7 +18,7 @@ from urllib.parse import unquote_plus
 
 import pandas as pd
 
-from coda_ray.config import Config
+from coda_ray.config import Config, labs_of
 from coda_ray.jump.layout import LIST_FOLDERS, LIST_NAMES, METADATA, PlateName, map_address, parse_image_list
 from coda_ray.jump.tables import Tables, read_tables
 from coda_ray.storage import Folder, StoredFile, open_place
@@ -158,7 +158,7 @@ class Arrivals:
 
     def _is_target(self, source: str) -> bool:
         """Whether plates of a source are taken."""
-        return source in self.watch.targets if self.watch.targets else source != self.watch.source
+        return source in self.watch.targets if self.watch.targets else source not in labs_of(self.watch.source or "")
 
     def _listed(self) -> Mapping[PlateName, StoredFile | None]:
         """Image lists of the bucket."""

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from coda_ray.cluster import start_ray
-from coda_ray.config import Config, ConfigError, Strategy, told_in_one_line
+from coda_ray.config import Config, ConfigError, Strategy, labs_of, told_in_one_line
 from coda_ray.jump.layout import PlateName
 from coda_ray.online import meter
 from coda_ray.online.strategies import MEANING, Adaptation, Turn, turns_of
@@ -218,8 +218,8 @@ def _check(config: Config) -> None:
     for field in ("source", "target", "strategies", "seeds"):
         if not getattr(settings, field):
             raise ConfigError(f"online.{field} is empty; give --online.{field}, or online.{field} in the configuration file")
-    if settings.source == settings.target:
-        raise ConfigError(f"online.target = {settings.target!r}: it is the source too; name another")
+    if settings.target in labs_of(cast(str, settings.source)):
+        raise ConfigError(f"online.target = {settings.target!r}: it is the source too, or a lab of it; name another")
     if config.adapt.plates:
         raise ConfigError(
             f"adapt.plates = {config.adapt.plates}: the order of arrival says which plates are known; leave it empty"

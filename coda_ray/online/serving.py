@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from coda_ray.config import Config, ConfigError, Granularity
+from coda_ray.config import Config, ConfigError, Granularity, labs_of
 from coda_ray.jump.prepare import preparation_of
 from coda_ray.pipeline.matrix import raise_failures, run_stages
 from coda_ray.pipeline.methods.plans import TRAINED
@@ -222,7 +222,7 @@ class Models:
     def _note_job(self) -> None:
         """Write the record of the watcher's job, by which its models are found and exported."""
         settings = self.config.watch
-        targets = sorted({path.partition("/")[0] for path in self.tiles.plates(settings.targets)} - {self.source.unit})
+        targets = sorted({path.partition("/")[0] for path in self.tiles.plates(settings.targets)} - {*labs_of(self.source.unit)})
         record = job_record(
             self.config,
             key=self.key,

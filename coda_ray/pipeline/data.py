@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from coda_ray.config import Config, ConfigError, Granularity, Ingest, Place
+from coda_ray.config import Config, ConfigError, Granularity, Ingest, Place, labs_of
 from coda_ray.jump.prepare import preparation_of
 from coda_ray.jump.tables import CONTROL, NEGATIVE_CONTROL
 from coda_ray.storage import open_place
@@ -27,7 +27,7 @@ class DataError(ConfigError):
 
 
 def load_tiles(config: Config, source: str) -> TileIndex:
-    """Load the index of one source from the tile store, once per process.
+    """Load the index of one source, a lab or a pool of labs, from the tile store, once per process.
 
     Raises
     ------
@@ -36,7 +36,9 @@ def load_tiles(config: Config, source: str) -> TileIndex:
     DataError
         When its tiles are smaller than `views.tile_crop`.
     """
-    return _large_enough(config, source, stored_tiles(config, source))
+    for lab in labs_of(source):
+        _large_enough(config, lab, stored_tiles(config, lab))
+    return stored_tiles(config, source)
 
 
 def stored_tiles(config: Config, source: str) -> TileIndex:
@@ -65,24 +67,34 @@ def _large_enough(config: Config, source: str, index: TileIndex) -> TileIndex:
 def _load(tiles: str, ingest: str, source: str) -> TileIndex:
     """Load by value, because configurations are no dictionary keys."""
     config = Config(tiles=Place.model_validate_json(tiles), ingest=Ingest.model_validate_json(ingest))
-    return TileStore.open(open_place(config.tiles), preparation_of(config)).index([source])
+    return TileStore.open(open_place(config.tiles), preparation_of(config)).index(labs_of(source))
 
 
-def held_out_plate(config: Config, source: str) -> str:
-    """Name the plate of a source that no training sees.
+def held_out_plates(config: Config, source: str) -> dict[str, str]:
+    """Name the plate of each lab of a source that no training sees.
+
+    Returns
+    -------
+    dict
+        Lab to plate; two labs may have plates of the same name.
 
     Raises
     ------
     DataError
-        When the configured plate is not there, or the source has a single plate.
+        When the configured plate is not there, or the lab has a single plate.
     """
-    names = _plates(load_tiles(config, source))
-    chosen = config.held_out.get(source, names[-1])
+    return {lab: _held_out_plate(config, lab) for lab in labs_of(source)}
+
+
+def _held_out_plate(config: Config, lab: str) -> str:
+    """Name the plate of one lab that no training sees."""
+    names = _plates(load_tiles(config, lab))
+    chosen = config.held_out.get(lab, names[-1])
     if chosen not in names:
-        raise DataError(f"held_out.{source} = {chosen!r}: no such plate; {source} has {', '.join(names)}")
+        raise DataError(f"held_out.{lab} = {chosen!r}: no such plate; {lab} has {', '.join(names)}")
     if len(names) == 1:
         raise DataError(
-            f"{source} has the single plate {chosen!r}, which is held out: nothing is left to train on; ingest more plates"
+            f"{lab} has the single plate {chosen!r}, which is held out: nothing is left to train on; ingest more plates"
         )
     return chosen
 
@@ -91,7 +103,7 @@ def held_out_compounds(config: Config, source: str) -> tuple[str, ...]:
     """Name the compounds that no training and no adaptation from a source sees; none with split=plate.
 
     Chosen by the hash of their names within each MoA of the source, so that every source with the same compounds, and every
-    seed, holds out the same ones. No label of a target takes part.
+    seed, holds out the same ones; a pool, of the compounds of all its labs. No label of a target takes part.
     """
     if config.split == "plate":
         return ()
@@ -113,7 +125,7 @@ def _held_out_compounds(index: TileIndex, share: float) -> tuple[str, ...]:
 def seen(config: Config, source: str, index: TileIndex) -> TileIndex:
     """Keep the tiles that training on a source, and adaptation from it, may use."""
     held_out = held_out_compounds(config, source)
-    return _without(index, COMPOUND, held_out) if held_out else index
+    return _without(index, held_out) if held_out else index
 
 
 def unseen(config: Config, source: str, index: TileIndex) -> TileIndex:
@@ -131,14 +143,26 @@ def scored(config: Config, source: str, index: TileIndex, classes: Sequence[str]
 
 
 def training_tiles(config: Config, source: str) -> TileIndex:
-    """Tiles of a source without its held-out plate and compounds."""
-    return seen(config, source, _without(load_tiles(config, source), "Metadata_Plate", (held_out_plate(config, source),)))
+    """Tiles of a source without its held-out plates and compounds."""
+    return seen(config, source, _divided(config, source, held_out=False))
+
+
+def _divided(config: Config, source: str, *, held_out: bool) -> TileIndex:
+    """Keep the held-out plates of a source, or all others."""
+    return _on_plates(load_tiles(config, source), tuple(held_out_plates(config, source).items()), held_out)
 
 
 @lru_cache(maxsize=KEPT_SELECTIONS)
-def _without(index: TileIndex, column: str, names: tuple[str, ...]) -> TileIndex:
-    """Drop some plates or compounds."""
-    return index.where(~index.frame[column].isin(names))
+def _on_plates(index: TileIndex, plates: tuple[tuple[str, str], ...], inside: bool) -> TileIndex:
+    """Keep some plates, each named with its lab, or all others."""
+    named = pd.MultiIndex.from_frame(index.frame[[UNIT_COLUMNS["source"], UNIT_COLUMNS["plate"]]])
+    return index.where(named.isin(plates) == inside)
+
+
+@lru_cache(maxsize=KEPT_SELECTIONS)
+def _without(index: TileIndex, compounds: tuple[str, ...]) -> TileIndex:
+    """Drop some compounds."""
+    return index.where(~index.frame[COMPOUND].isin(compounds))
 
 
 @lru_cache(maxsize=KEPT_SELECTIONS)
@@ -150,12 +174,12 @@ def _plates(index: TileIndex) -> list[str]:
 
 
 def held_out_tiles(config: Config, source: str) -> TileIndex:
-    """Tiles of a source's held-out plate."""
-    return load_tiles(config, source).unit("plate", held_out_plate(config, source))
+    """Tiles of a source's held-out plate; of a pool, those of each of its labs."""
+    return _divided(config, source, held_out=True)
 
 
 def labelled_held_out(config: Config, source: str) -> TileIndex:
-    """Tiles of a source's held-out plate, of compounds that training may know, that have a MoA label.
+    """Tiles of a source's held-out plates, of compounds that training may know, that have a MoA label.
 
     Raises
     ------
@@ -164,9 +188,10 @@ def labelled_held_out(config: Config, source: str) -> TileIndex:
     """
     index = seen(config, source, held_out_tiles(config, source)).labelled()
     if not len(index):
+        told = " and ".join(f"held_out.{lab} = {plate!r}" for lab, plate in held_out_plates(config, source).items())
         raise DataError(
-            f"held_out.{source} = {held_out_plate(config, source)!r}: none of its tiles has a MoA label to score by; "
-            "hold out another plate, and with train.knn_every also give labels"
+            f"{told}: none of its tiles has a MoA label to score by; hold out another plate, and with train.knn_every also give "
+            "labels"
         )
     return index
 
@@ -221,9 +246,9 @@ class UnlabelledTiles:
         return _anchored(self)
 
     def partners(self, across: Granularity) -> Partners:
-        """Index the pool by compound and batch, or plate."""
-        codes = [pd.factorize(self.pool.frame[name])[0].astype(np.int64) for name in (COMPOUND, UNIT_COLUMNS[across])]
-        return Partners.build(*codes)
+        """Index the pool by compound and batch, or plate; those of two labs are two, whatever their names."""
+        compounds = pd.factorize(self.pool.frame[COMPOUND])[0].astype(np.int64)
+        return Partners.build(compounds, self.pool.codes(across))
 
     def source(self, *, seed: int, crop: int, pairs: Granularity | None) -> TileSource:
         """Describe the stream: single tiles, or pairs across batches or plates."""
@@ -325,7 +350,7 @@ def _only(index: TileIndex, plates: tuple[str, ...]) -> TileIndex:
 
 def forget() -> None:
     """Load indices anew from now on: plates were added to the store."""
-    for kept in (_load, _only, _without, _plates, _anchored, unlabelled, _adaptation_tiles, _held_out_compounds):
+    for kept in (_load, _only, _on_plates, _without, _plates, _anchored, unlabelled, _adaptation_tiles, _held_out_compounds):
         kept.cache_clear()
     forget_selections()
 

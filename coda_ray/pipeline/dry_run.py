@@ -16,7 +16,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from coda_ray.config import Config, Place, told_in_one_line
+from coda_ray.config import Config, Place, labs_of, told_in_one_line
 from coda_ray.jump.layout import PlateName
 from coda_ray.jump.planned import planned_index
 from coda_ray.jump.prepare import preparation_of, reduction, tile_shape
@@ -98,14 +98,14 @@ def survey(config: Config, requests: Sequence[Request]) -> Survey:
     DataError
         As the real run, and where a source is neither ingested nor can be planned.
     """
-    names = sorted({name for request in requests for name in (request.source, request.target)})
+    names = sorted({lab for request in requests for name in (request.source, request.target) for lab in labs_of(name)})
     with TemporaryDirectory() as folder:
         planning = config.model_copy(update={"tiles": Place(address=folder)})
         planned = _write_indexes(config, names, open_place(planning.tiles))
         stages = stages_of(transfer for request in requests for transfer in plan(planning, request))
         sources = pd.DataFrame([_source_row(planning, name, planned[name]) for name in names])
-        learnt = {request.source for request in requests}
-        sources["held_out"] = [data.held_out_plate(planning, name) if name in learnt else "" for name in names]
+        held_out = {lab: plate for r in requests for lab, plate in data.held_out_plates(planning, r.source).items()}
+        sources["held_out"] = [held_out.get(name, "") for name in names]
     results = open_place(config.results)
     facts = {stage.key: stage.facts(results) for stage in stages}
     rates = _rates(config, stages, facts)
@@ -204,8 +204,8 @@ def _source_row(config: Config, source: str, planned: int) -> dict[str, Any]:
         raw = int(ahead) * raw_height * raw_width * RAW_BYTES_PER_PIXEL * len(index.channels)
     return {
         "source": source,
-        "plates": len(index.units("plate")),
-        "batches": len(index.units("batch")),
+        "plates": index.count("plate"),
+        "batches": index.count("batch"),
         "wells": len(frame[WELL_ID].drop_duplicates()),
         "compounds": frame[COMPOUND].nunique(),
         "classes": frame[LABEL].nunique(),
@@ -244,7 +244,7 @@ def _stage_row(
         "images": work.samples * work.tiles_per_sample,
         "gpu_hours": hours,
         "bytes": sizes.results(stage),
-        "planned": planned[work.source] > 0,
+        "planned": any(planned[lab] for lab in labs_of(work.source)),
     }
 
 

@@ -13,7 +13,7 @@ import torch
 
 from coda_ray.analysis.intervals import paired_difference
 from coda_ray.cluster import start_ray
-from coda_ray.config import Config, ConfigError
+from coda_ray.config import Config, ConfigError, labs_of
 from coda_ray.learn.views import evaluation_view
 from coda_ray.methods import ADAPTING, NAMES, Method, row_of
 from coda_ray.pipeline import data
@@ -216,8 +216,8 @@ def _sources(config: Config) -> Iterator[list[Any]]:
 
 
 def _names(config: Config) -> list[str]:
-    """List the sources and targets of the matrix."""
-    return list(dict.fromkeys([*config.matrix.sources, *config.matrix.targets]))
+    """List the labs of the matrix, sources and targets."""
+    return list(dict.fromkeys(lab for name in (*config.matrix.sources, *config.matrix.targets) for lab in labs_of(name)))
 
 
 def _examples(config: Config) -> list[Example]:
@@ -255,14 +255,17 @@ def _shown(config: Config, results: Folder) -> tuple[list[str], list[Shown]]:
     """Plan maps and comparisons of layers; the first of the two says what cannot be planned, and why."""
     matrix, wanted = config.matrix, config.report
     adapting = [method for method in matrix.methods if method in ADAPTING]
-    pairs = [(s, t) for s, t in product(matrix.sources, matrix.targets) if s != t]
+    pairs = [(s, t) for s, t in product(matrix.sources, matrix.targets) if t not in labs_of(s)]
     if wanted.method and wanted.method not in adapting:
         raise ConfigError(
             f"report.method = {wanted.method!r}: not in matrix.methods; choose from {', '.join(adapting) or 'none'}"
         )
     for pair in wanted.pairs:
         if pair not in pairs:
-            raise ConfigError(f"report.pairs = {list(pair)}: not in the matrix; give a source and a target of it that differ")
+            raise ConfigError(
+                f"report.pairs = {list(pair)}: not in the matrix; give a source and a target of it that differ, of a pool none "
+                "of its labs"
+            )
     if not adapting or not pairs:
         return ["Maps and layers (figures 5 and 6): no method of the matrix adapts a feature extractor to another source."], []
     method = wanted.method or adapting[-1]

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import ray
 
-from coda_ray.config import Config, ConfigError
+from coda_ray.config import Config, ConfigError, labs_of
 from coda_ray.pipeline.record import TRAINING, job_record, write_job
 from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.stage import Stage
@@ -59,7 +59,7 @@ class Outcome:
 
 
 def requests_of(config: Config) -> list[Request]:
-    """List every cell of a matrix: each source to each other target, and each source on its own held-out plate.
+    """List every cell of a matrix: each source to each target that is no lab of it, and each source on its own held-out plates.
 
     Raises
     ------
@@ -72,7 +72,11 @@ def requests_of(config: Config) -> list[Request]:
             raise ConfigError(f"matrix.{field} is empty; name at least one in the configuration file")
     across = product(matrix.splits, matrix.seeds, matrix.methods, matrix.granularities, matrix.sources, matrix.targets)
     within = product(matrix.splits, matrix.seeds, matrix.methods, matrix.sources)
-    cells = [Request(s, t, method, granularity, seed, split) for split, seed, method, granularity, s, t in across if s != t]
+    cells = [
+        Request(s, t, method, granularity, seed, split)
+        for split, seed, method, granularity, s, t in across
+        if t not in labs_of(s)
+    ]
     return cells + [Request(s, s, unadapted(config, method), "plate", seed, split) for split, seed, method, s in within]
 
 

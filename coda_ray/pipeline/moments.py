@@ -90,9 +90,10 @@ def moments_of_tiles(config: Config, stage: Stage, index: TileIndex) -> Moments:
 
 
 def plate_names(index: TileIndex) -> NDArray[np.str_]:
-    """Name each tile's plate, (N,)."""
+    """Name each tile's plate, (N,); where the tiles are of several labs, by its lab too."""
     frame = index.frame
-    return (frame["Metadata_Batch"] + "/" + frame["Metadata_Plate"]).to_numpy(str)
+    names = frame["Metadata_Batch"] + "/" + frame["Metadata_Plate"]
+    return (names if index.count("source") == 1 else frame["Metadata_Source"] + "/" + names).to_numpy(str)
 
 
 def _read(config: Config, stage: Stage) -> tuple[dict[str, Tensor], list[str]]:

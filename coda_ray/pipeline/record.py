@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coda_ray.config import Config
+from coda_ray.config import Config, labs_of
 from coda_ray.pipeline import data
 from coda_ray.pipeline.stage import Stage
 from coda_ray.storage import Folder
@@ -47,7 +47,7 @@ def job_record(
     Returns
     -------
     dict
-        JSON: key, kind, name, command, commit and dirty (where the code is a git checkout), config, data (one entry per source:
+        JSON: key, kind, name, command, commit and dirty (where the code is a git checkout), config, data (one entry per lab:
         name, address, fingerprint, tiles, context), transfers, stages.
     """
     return {
@@ -77,16 +77,19 @@ def write_job(results: Folder, job: Mapping[str, Any]) -> None:
 
 
 def data_used(config: Config, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """List the tiles that a job reads, source by source; addresses hold no keys, for the configuration refuses them.
+    """List the tiles that a job reads, lab by lab; addresses hold no keys, for the configuration refuses them.
 
     Raises
     ------
     FileNotFoundError
         When a source has no finished plate.
     """
-    roles = {"source": {source for source, _ in pairs}, "target": {target for _, target in pairs}}
+    roles = {
+        "source": {lab for source, _ in pairs for lab in labs_of(source)},
+        "target": {lab for _, target in pairs for lab in labs_of(target)},
+    }
     found = []
-    for name in dict.fromkeys(name for pair in pairs for name in pair):
+    for name in dict.fromkeys(lab for ends in pairs for end in ends for lab in labs_of(end)):
         index = data.stored_tiles(config, name)
         found.append(
             {

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from coda_ray.config import Config, Train
+from coda_ray.config import Config, Train, pool_of
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, content_key
 from coda_ray.training.checkpoints import DamagedFileError
@@ -49,7 +49,7 @@ class Workload:
     rate
         The kind of work: which field of `estimate`, without its `_per_s`, says how fast it goes.
     source
-        Source of the tiles.
+        Source of the tiles; of several labs the pool that they are.
     plates, tiles
         How many of them.
     steps, minibatch
@@ -79,8 +79,8 @@ def pass_workload(config: Config, tiles: TileIndex, rate: str = "inference") -> 
     """Count one pass of tiles through a network."""
     return Workload(
         rate,
-        source=tiles.units("source")[0],
-        plates=len(tiles.units("plate")),
+        source=pool_of(tiles.units("source")),
+        plates=tiles.count("plate"),
         tiles=len(tiles),
         steps=-(-len(tiles) // config.evaluate.minibatch),
         minibatch=config.evaluate.minibatch,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 
 from coda_ray.analysis.knn import knn_accuracy
-from coda_ray.config import Config, Dino, Optimisation, steps_of
+from coda_ray.config import Config, Dino, Optimisation, pool_of, steps_of
 from coda_ray.learn.dual import DualModel
 from coda_ray.learn.mae import MaeObjective, MaskedAutoencoder
 from coda_ray.learn.objectives import DinoObjective, SupervisedObjective
@@ -268,8 +268,8 @@ def training_workload(rate: str, index: TileIndex, optimisation: Optimisation, e
     steps = _steps(optimisation, epoch)
     return Workload(
         rate,
-        source=index.units("source")[0],
-        plates=len(index.units("plate")),
+        source=pool_of(index.units("source")),
+        plates=index.count("plate"),
         tiles=len(index),
         steps=steps,
         minibatch=optimisation.minibatch,

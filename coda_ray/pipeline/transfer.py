@@ -9,7 +9,7 @@ import numpy as np
 
 from coda_ray.analysis.intervals import bootstrap_accuracy
 from coda_ray.analysis.metrics import compound_scores, image_scores, well_scores
-from coda_ray.config import Config, Granularity
+from coda_ray.config import POOL, Config, Granularity, check_pair
 from coda_ray.methods import Method, row_of
 from coda_ray.pipeline import data
 from coda_ray.pipeline.evaluate import PROBABILITY, TILE_ID, evaluate, predictions_of
@@ -19,7 +19,7 @@ from coda_ray.pipeline.request import Model, Request
 from coda_ray.pipeline.stage import Stage, with_needs
 from coda_ray.pipeline.train_stages import classify, pretrain
 from coda_ray.storage import Folder
-from coda_ray.tiles.store import COMPOUND, UNIT_COLUMNS, TileIndex, content_key
+from coda_ray.tiles.store import COMPOUND, TileIndex, content_key
 from coda_ray.tracking.records import FEATURE_SCORES, INTERVAL
 
 BOOTSTRAP_SEED = 0
@@ -74,7 +74,8 @@ def plan(config: Config, request: Request) -> list[Transfer]:
     config
         Settings.
     request
-        Source, target, method, granularity, seed, split. With source = target the model is scored on the held-out plate.
+        Source, target, method, granularity, seed, split. With source = target the model is scored on the held-out plate; a
+        pool, on those of all its labs.
 
     Returns
     -------
@@ -84,9 +85,10 @@ def plan(config: Config, request: Request) -> list[Transfer]:
 
     Raises
     ------
-    DataError
-        When tiles, labels or partners are not there.
+    ConfigError
+        As `check_pair`; DataError, when tiles, labels or partners are not there.
     """
+    check_pair(request.source, request.target)
     config = config.model_copy(update={"split": request.split})
     model = model_of(config, request)
     if request.source == request.target:
@@ -152,7 +154,7 @@ def score(config: Config, results: Folder, transfers: Iterable[Transfer]) -> Ite
         named = chosen.filter(like=PROBABILITY)
         classes, probabilities = [str(name).removeprefix(PROBABILITY) for name in named], named.to_numpy(np.float64)
         labels = data.label_codes(TileIndex(known, transfer.index.folder, ()), classes)
-        wells = (known["Metadata_Plate"] + "/" + known["Metadata_Well"]).to_numpy(str)
+        wells = (known["Metadata_Source"] + "/" + known["Metadata_Plate"] + "/" + known["Metadata_Well"]).to_numpy(str)
         compounds = known[COMPOUND].to_numpy(str)
         n_wells, right = len(np.unique(wells)), probabilities.argmax(1) == labels
         interval = bootstrap_accuracy(wells, right, seed=BOOTSTRAP_SEED) if n_wells > 1 else (None, None)
@@ -194,9 +196,9 @@ def _on_the_whole(
 
 
 def _in_domain(config: Config, request: Request, model: Model) -> Transfer:
-    """Score the unadapted model on its source's held-out plate."""
-    index = data.held_out_tiles(config, request.source)
-    plate = str(index.frame[UNIT_COLUMNS["plate"]].iloc[0])
+    """Score the unadapted model on its source's held-out plate, or on those of all labs of a pool."""
+    index, plates = data.held_out_tiles(config, request.source), data.held_out_plates(config, request.source)
+    plate = POOL.join(plates.values() if len(plates) == 1 else map("/".join, plates.items()))
     evaluation = evaluate(config, index, f"{request.source}'s held-out plate {plate}", model.classifier)
     counted = data.scored(config, request.source, index, model.classifier.inputs["classes"])
     return _transfer(request, model.method, "plate", plate, "adapted", evaluation, None, counted)

@@ -103,12 +103,24 @@ class TileIndex:
         return TileIndex(self.frame[mask].reset_index(drop=True), self.folder, self.channels)
 
     def unit(self, granularity: Granularity, name: str) -> "TileIndex":
-        """Keep one source, batch or plate."""
+        """Keep one source, or one batch or plate of tiles of one lab."""
         return _unit(self, granularity, name)
 
     def units(self, granularity: Granularity) -> list[str]:
         """Sorted names of the sources, batches or plates."""
         return sorted(self.frame[UNIT_COLUMNS[granularity]].unique())
+
+    def codes(self, granularity: Granularity) -> NDArray[np.int64]:
+        """Number each tile's source, batch or plate, (N,), in the order in which they come.
+
+        Those of two labs are two, whatever their names.
+        """
+        columns = list(dict.fromkeys([UNIT_COLUMNS["source"], UNIT_COLUMNS[granularity]]))
+        return self.frame.groupby(columns, sort=False).ngroup().to_numpy(np.int64)
+
+    def count(self, granularity: Granularity) -> int:
+        """Count the sources, batches or plates; those of two labs are two, whatever their names."""
+        return int(self.codes(granularity).max(initial=-1)) + 1
 
     def without_labels(self) -> "TileIndex":
         """Drop the MoA label: what adaptation sees."""

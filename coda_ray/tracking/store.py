@@ -12,6 +12,7 @@ import shlex
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 
-from coda_ray.config import Tracking
+from coda_ray.config import Tracking, labs_of
 from coda_ray.storage import Folder
 from coda_ray.tracking.notes import (
     CONFIG,
@@ -571,9 +572,10 @@ def _origin(record: Mapping[str, Any]) -> dict[str, str]:
 
 def _data_of(record: Mapping[str, Any], job: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Choose the tiles of a transfer's source and target from those of its job."""
-    roles = {
-        name: [role for role in ("source", "target") if record[role] == name] for name in (record["source"], record["target"])
-    }
+    roles = defaultdict[str, list[str]](list)
+    for role in ("source", "target"):
+        for lab in labs_of(record[role]):
+            roles[lab].append(role)
     data = job.get("data", []) if job else []
     return [{**one, "context": ", ".join(roles[one["name"]])} for one in data if one["name"] in roles]
 

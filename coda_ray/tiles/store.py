@@ -116,7 +116,7 @@ class TileIndex:
         Those of two labs are two, whatever their names.
         """
         columns = list(dict.fromkeys([UNIT_COLUMNS["source"], UNIT_COLUMNS[granularity]]))
-        return self.frame.groupby(columns, sort=False).ngroup().to_numpy(np.int64)
+        return self.frame.groupby(columns, sort=False).ngroup().to_numpy().astype(np.int64)
 
     def count(self, granularity: Granularity) -> int:
         """Count the sources, batches or plates; those of two labs are two, whatever their names."""

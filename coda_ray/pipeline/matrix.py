@@ -23,7 +23,7 @@ from coda_ray.tiles.store import content_key
 from coda_ray.tracking.figures import figure_png, matrix_figures
 from coda_ray.tracking.records import read_history
 from coda_ray.tracking.runs import Tracker
-from coda_ray.tracking.table import compile_transfers, job_matrix
+from coda_ray.tracking.table import compile_transfers, job_matrix, ranking
 from coda_ray.training.loop import Report
 
 log = logging.getLogger(__name__)
@@ -213,6 +213,9 @@ def _tables(results: Folder, job: dict[str, Any], table: pd.DataFrame, tracker: 
     matrix = job_matrix(table, job)
     folder = f"jobs/{job['key']}"
     results.write(f"{folder}/matrix.csv", matrix.to_csv(index=False).encode())
+    ranked = ranking(matrix)
+    if ranked:
+        results.write(f"{folder}/ranking.csv", pd.concat(ranked).to_csv(index=False).encode())
     figures = matrix_figures(matrix)
     for name, figure in figures.items():
         results.write(f"{folder}/{name}.png", figure_png(figure))

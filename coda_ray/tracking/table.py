@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import chain, product
 from typing import Any, get_args
 
 import numpy as np
@@ -11,13 +11,17 @@ import pyarrow as pa
 from rich.table import Table
 
 from coda_ray.config import Granularity, Split
-from coda_ray.methods import NAMES, PER_UNIT
+from coda_ray.methods import NAMES, PER_UNIT, model_with, row_of
 from coda_ray.storage import Folder
 from coda_ray.tiles.store import table_bytes
 from coda_ray.tracking.records import SCORES, read_records, transfers_frame
 
 MATRIX_COLUMNS = ("metric", "split", "granularity", "source", "target", "method", "mean", "std", "n_seeds")
 CELL = ["source", "target", "method"]
+# Scores that methods are ranked by.
+RANKED = ("accuracy", "well_accuracy", "compound_accuracy")
+_WITH_STD = [f"{metric}{end}" for metric in RANKED for end in ("", "_std")]
+RANKING_COLUMNS = ("split", "granularity", "method", "pairs", *_WITH_STD, "gap_closed", "uses")
 # Begins the columns that hold the score of one seed.
 SEED = "seed_"
 # What titles say of a split.
@@ -174,6 +178,62 @@ def _over_pairs(tidy: pd.DataFrame) -> tuple[int, dict[str, tuple[float, float]]
     means = whole.mean(skipna=False).unstack()
     spread = means.drop("mean").std()
     return len(whole), dict(zip(methods, zip(means.loc["mean", methods], spread[methods], strict=True), strict=True))
+
+
+def ranking(tidy: pd.DataFrame) -> list[pd.DataFrame]:
+    """Rank the methods of a job by their means over the pairs of different sources, per image, per well and per compound.
+
+    Parameters
+    ----------
+    tidy
+        From `job_matrix`.
+
+    Returns
+    -------
+    list of DataFrame
+        One per split and granularity that has such a pair. Columns `RANKING_COLUMNS`, a row per method, the best per image first;
+        scores are shares in [0, 1]. `gap_closed`: of the gap between the accuracy of the supervised model on its own source's
+        held-out plates and on other sources, the share that a method closes (NaN without a supervised model, or without a gap).
+        `uses`: `compounds` where the method learns from pairs of images of one compound on the target.
+    """
+    tables = []
+    for part in matrices(tidy, "accuracy"):
+        split, granularity = part["split"].iloc[0], part["granularity"].iloc[0]
+        same = tidy[(tidy["split"] == split) & (tidy["granularity"] == granularity)]
+        scores = {metric: _over_pairs(same[same["metric"] == metric]) for metric in RANKED}
+        pairs, accuracy = scores["accuracy"]
+        if not pairs:
+            continue
+        least, most = _ends_of_gap(part, accuracy)
+        rows = [
+            [
+                split, granularity, method, pairs, *chain(*(scores[metric][1][method] for metric in RANKED)),
+                (mean - least) / (most - least) if most > least else np.nan, "compounds" if row_of(method).pairs else "",
+            ]
+            for method, (mean, _) in accuracy.items()
+        ]  # fmt: skip
+        table = pd.DataFrame(rows, columns=list(RANKING_COLUMNS))
+        tables.append(table.sort_values("accuracy", ascending=False, kind="stable", ignore_index=True))
+    return tables
+
+
+def _ends_of_gap(part: pd.DataFrame, means: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+    """Take the supervised model's accuracy on other sources and on its own; NaN where it is not in the matrix."""
+    supervised = model_with(None).name
+    own = part[(part["source"] == part["target"]) & (part["method"] == supervised)]["mean"]
+    return means.get(supervised, (np.nan, np.nan))[0], float(own.mean()) if len(own) else np.nan
+
+
+def ranking_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Write one table of `ranking` as text: header and rows, in percent."""
+    header = ["method", "per image", "per well", "per compound", "gap closed", "learns from"]
+    rows = []
+    for row in table.to_dict("records"):
+        scores = [cell_text(row[metric], row[f"{metric}_std"]) for metric in RANKED]
+        closed = "–" if pd.isna(row["gap_closed"]) else f"{100 * row['gap_closed']:.0f} %"
+        uses = "pairs of one compound" if row["uses"] else ""
+        rows.append([row["method"], *scores, closed, uses])
+    return header, rows
 
 
 def cells_of(tidy: pd.DataFrame) -> dict[tuple[str, str, str], tuple[float, float]]:

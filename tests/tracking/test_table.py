@@ -15,6 +15,8 @@ from coda_ray.tracking.table import (
     matrices,
     matrix_table,
     mean_scores,
+    ranking,
+    ranking_rows,
     render_matrix,
     shown,
 )
@@ -199,3 +201,37 @@ def test_cells_and_order():
     assert cell_text(float("nan"), float("nan")) == "–"
     assert shown(["source_10", "source_3", "source_3"]) == ["source_3", "source_10"]
     assert shown(["coda", "oda", "dual-cb", "supervised"]) == ["supervised", "dual-cb", "oda", "coda"]
+
+
+def test_methods_are_ranked_per_image_well_and_compound_with_the_gap_that_they_close(make_transfer):
+    def scores(method, image, well, compound):
+        return [
+            make_transfer("A", target, method, 0, accuracy=image + shift, well_accuracy=well, compound_accuracy=compound)
+            for target, shift in (("B", 0.1), ("C", -0.1))
+        ]
+
+    records = [make_transfer("A", "A", "supervised", 0, accuracy=0.8)]
+    records += scores("supervised", 0.2, 0.3, 0.4) + scores("coda", 0.5, 0.6, 0.9) + scores("dual-cb", 0.45, 0.7, 0.95)
+    frame = transfers_frame(records)
+    (table,) = ranking(job_matrix(frame, {"transfers": frame["key"].tolist()}))
+    assert table["method"].tolist() == ["coda", "dual-cb", "supervised"]
+    assert table["pairs"].tolist() == [2, 2, 2]
+    assert table["accuracy"].tolist() == pytest.approx([0.5, 0.45, 0.2])
+    assert table["well_accuracy"].tolist() == pytest.approx([0.6, 0.7, 0.3])
+    assert table["compound_accuracy"].tolist() == pytest.approx([0.9, 0.95, 0.4])
+    assert table["gap_closed"].tolist() == pytest.approx([0.3 / 0.6, 0.25 / 0.6, 0.0])
+    assert table["uses"].tolist() == ["compounds", "", ""]
+    header, rows = ranking_rows(table)
+    assert dict(zip(header, rows[0], strict=True)) == {
+        "method": "coda", "per image": "50.0 ± –", "per well": "60.0 ± –", "per compound": "90.0 ± –", "gap closed": "50 %",
+        "learns from": "pairs of one compound",
+    }  # fmt: skip
+
+
+def test_without_a_supervised_model_or_another_source_there_is_no_gap(make_transfer):
+    one = transfers_frame([make_transfer("A", "B", "coda", 0)])
+    (table,) = ranking(job_matrix(one, {"transfers": one["key"].tolist()}))
+    assert np.isnan(table["gap_closed"].iloc[0])
+    assert ranking_rows(table)[1][0][4] == "–"
+    alone = transfers_frame([make_transfer("A", "A", "supervised", 0)])
+    assert ranking(job_matrix(alone, {"transfers": alone["key"].tolist()})) == []

@@ -129,6 +129,7 @@ def test_what_is_skipped_or_no_target_is_not_looked_at(bucket, clock):
         bucket.send(plate)
     assert plates_of(arrivals_of(bucket, clock, targets=["sim_b"]).look({B[0]})[0]) == [B[1]]
     assert set(plates_of(arrivals_of(bucket, clock, targets=["sim_c"]).look(set())[0])) == {C[0]}
+    assert set(plates_of(arrivals_of(bucket, clock, source="sim_a+sim_b").look(set())[0])) == {C[0]}
 
 
 def test_a_plate_comes_piece_by_piece(place, bucket, clock):

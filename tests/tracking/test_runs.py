@@ -27,7 +27,7 @@ from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.store import ENVIRONMENT, RunStore, open_client
 from coda_ray.tracking.sync import sync
 from coda_ray.tracking.table import compile_transfers, job_matrix
-from invented import COMMIT, transfer_record
+from invented import COMMIT, data_of, transfer_record, write_json
 from jobs import sync_mlflow
 
 WAIT_S = 120.0  # only reached when something is broken
@@ -171,6 +171,17 @@ def test_a_job_says_what_it_is_made_of_and_sync_says_the_same(results, store, tm
     assert described(other) == told
     sync(results, other)
     assert described(other) == told
+
+
+def test_a_transfer_from_a_pool_names_the_tiles_of_each_lab(results, store):
+    record = transfer_record("A+B", "C", "coda", 0, key="pooled", history=None)
+    write_json(results, "transfers/pooled.json", record)
+    labs = data_of(("A", "source"), ("B", "source"), ("C", "target"), ("D", "target"))
+    write_json(results, "jobs/jobkey1.json", read_record(results, "jobs/jobkey1.json") | {"transfers": ["pooled"], "data": labs})
+    sync(results, store)
+    name, params, _, data = described(store)["transfer", "pooled"]
+    assert (name, params["source"]) == ("coda A+B → C, seed 0", "A+B")
+    assert [(lab, role) for lab, *_, role in data] == [("A", "source"), ("B", "source"), ("C", "target")]
 
 
 def test_a_record_of_an_earlier_release_is_sent_without_what_it_lacks(results, store):

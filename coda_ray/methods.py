@@ -211,7 +211,7 @@ ROWS: tuple[MethodRow, ...] = (
     MethodRow("sphering", Style("sky", "8", "---"), per_unit=True, section="baselines", rivals=("probe",)),
     MethodRow(
         "harmony",
-        Style("pink", "s", "+++"),
+        Style("pink", "+", "+++"),
         per_unit=True,
         beyond_unit=False,
         holds_out=False,

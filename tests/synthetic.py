@@ -91,16 +91,21 @@ def finish(config: Config, stages: Sequence[object]) -> None:
     from coda_ray.learn.dual import DualModel
     from coda_ray.methods import trained_by
     from coda_ray.pipeline import networks
+    from coda_ray.pipeline.moments import SUMS
     from coda_ray.pipeline.train_stages import extractor_of, loss_of, objective_of
     from coda_ray.training.checkpoints import write_tensors
 
     channels = len(config.ingest.channels)
     for stage in stages:
-        if stage.kind not in ("pretrain", "classify", "adapt"):  # type: ignore[attr-defined]
+        if stage.kind not in ("pretrain", "classify", "adapt", "moments"):  # type: ignore[attr-defined]
             continue
         torch.manual_seed(int(stage.key[:8], 16))
+        file, more = "model.safetensors", {}
         whole = stage.kind == "adapt" and trained_by(objective_of(stage)).trains == "model"
-        if stage.kind == "classify" or whole:
+        if stage.kind == "moments":
+            file, more = SUMS, {"plates": ["b0/p"]}
+            state = {"count": torch.ones(1), "sums": torch.rand(1, 2, 2, config.model.width)}
+        elif stage.kind == "classify" or whole:
             of = stage.needs[0] if whole else stage
             model = networks.classifier_model(config, channels=channels, classes=len(of.inputs["classes"]), dual=bool(of.needs))
             if isinstance(model, DualModel):
@@ -116,7 +121,7 @@ def finish(config: Config, stages: Sequence[object]) -> None:
         note = {"stage": stage.kind, "key": stage.key, "title": stage.title, "inputs": dict(stage.inputs)}
         below = {need.path: need.facts(open_place(config.results))["sha256"] for need in stage.needs}
         folder.write("stage.json", json.dumps(note | {"needs": list(below), "made_of": below}).encode())
-        facts = {"sha256": write_tensors(folder, "model.safetensors", state), "steps": 4, "seconds": 1.0}
+        facts = {"sha256": write_tensors(folder, file, state), "steps": 4, "seconds": 1.0, **more}
         folder.write("done.json", json.dumps(facts).encode())
 
 

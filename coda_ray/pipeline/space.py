@@ -41,7 +41,7 @@ def config_at(config: Config, point: Mapping[str, Any]) -> Config:
         *path, field = f"tune.{name}".split(".") if name in OWN else name.split(".")
         if name not in OWN and (not path or path[0] not in SECTIONS):
             raise ConfigError(
-                f"tune.space.{name}: searched are method, granularity and fields of {' and '.join(SECTIONS)}, which the "
+                f"tune.space.{name}: searched are method, granularity and fields of {', '.join(SECTIONS)}, which the "
                 "adaptation alone reads, such as adapt.lr or adapt.dino.ema_start; compare other settings by jobs/matrix.py"
             )
         if name == "adapt.unit":
@@ -52,7 +52,7 @@ def config_at(config: Config, point: Mapping[str, Any]) -> Config:
         for step in path:
             section = section.get(step) if isinstance(section, dict) else None
         if not isinstance(section, dict) or field not in section:
-            raise ConfigError(f"tune.space.{name}: there is no such field; give one of {' or '.join(SECTIONS)}, such as adapt.lr")
+            raise ConfigError(f"tune.space.{name}: there is no such field; give one of {', '.join(SECTIONS)}, such as adapt.lr")
         section[field] = value
     try:
         return Config.model_validate(values)

@@ -14,16 +14,17 @@ import torch
 
 from coda_ray.analysis.corrections import LinearProbe, Sphering
 from coda_ray.config import Config, ConfigError
+from coda_ray.learn.moments import align
 from coda_ray.learn.ttt import TttRecipe, adapt_each
 from coda_ray.learn.views import evaluation_view
 from coda_ray.learn.vit import tokens
-from coda_ray.methods import NAMES, PER_UNIT, ROWS
+from coda_ray.methods import ADAPTING, NAMES, PER_UNIT, ROWS, TRAINED
 from coda_ray.pipeline import data, networks
 from coda_ray.pipeline.dry_run import survey
 from coda_ray.pipeline.evaluate import embeddings_of, predictions_of
 from coda_ray.pipeline.matrix import run_transfers
 from coda_ray.pipeline.methods import corrections
-from coda_ray.pipeline.moments import moments_of_tiles
+from coda_ray.pipeline.moments import moments_of_all, moments_of_tiles
 from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.task import run_missing
 from coda_ray.pipeline.train_stages import load_model, stage_tensors
@@ -74,9 +75,9 @@ def test_every_method_has_its_row_beside_the_model_it_starts_from(finished):
     assert (whole["accuracy"] <= whole["accuracy_high"]).all()
     assert {unadapted(config, method) for method in METHODS} == {"supervised", "dual-mae", "dual-dino", "dual-cb"}
     trained = whole.set_index("method")["steps"]
-    assert (trained[["oda", "coda", "oda-mae"]] == 4).all()
+    assert (trained[list(ADAPTING)] == 4).all()
     assert trained["tent"] == 2
-    assert not trained.drop(["oda", "coda", "oda-mae", "tent"]).any()
+    assert not trained.drop(list(TRAINED)).any()
 
 
 def test_units_are_scored_on_themselves_and_on_the_whole_where_a_method_can(finished):
@@ -140,6 +141,51 @@ def test_standardised_tokens_reach_the_frozen_classifier(finished):
     np.testing.assert_allclose(embeddings_of(config, stage).filter(like="feature_"), moved[:, 0], atol=1e-4)
 
 
+def test_tokens_are_standardised_after_adaptation_by_the_moments_of_the_unadapted_extractor(finished):
+    config, _ = finished
+    after = config.model_copy(update={"adapt": config.adapt.model_copy(update={"standardise": "after"})})
+    before, moved = planned(config, "coda")[-1], planned(after, "coda")[-1]
+    assert moved.trained.key == before.trained.key
+    classifier, adapted, of_source, of_target = moved.evaluation.needs
+    assert (adapted.key, of_source.needs, of_target.needs) == (before.trained.key, (classifier,), (classifier, adapted))
+    run_missing([of_source, of_target, moved.evaluation], after)
+    wanted, own = moments_of_all(after, of_source), moments_of_tiles(after, of_target, data.load_tiles(after, "b"))
+    model = load_model(after, classifier, adapted, 2).eval()
+    index = data.load_tiles(after, "b")
+    views = evaluation_view(torch.from_numpy(np.stack(read_tiles(index, np.arange(len(index)), 32))), 24)
+    with torch.no_grad():
+        expected = model.classify(align(model.features(views), own, wanted)).softmax(1).numpy()
+    found = predictions_of(after, moved.evaluation).filter(like="probability_").to_numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(found - predictions_of(config, before.evaluation).filter(like="probability_").to_numpy()).max() > 1e-4
+
+
+def test_of_a_source_free_method_the_chosen_network_reads_the_images(finished):
+    config, _ = finished
+    teacher = config.model_copy(update={"shot": config.shot.model_copy(update={"extractor": "teacher"})})
+    one, other = planned(config, "coda-shot")[-1], planned(teacher, "coda-shot")[-1]
+    assert one.trained.key == other.trained.key
+    assert one.evaluation.key != other.evaluation.key
+    tensors, found = stage_tensors(config, one.trained), {}
+    for name, own in (("student", config), ("teacher", teacher)):
+        found[name] = load_model(own, one.evaluation.needs[0], one.trained, 2).extractor.state_dict()
+        assert all(torch.equal(value, tensors[f"{name}.{key}"]) for key, value in found[name].items())
+    assert not all(torch.equal(value, found["teacher"][key]) for key, value in found["student"].items())
+
+
+def test_weights_of_terms_and_the_prior_are_part_of_a_key_where_they_count(finished):
+    config, _ = finished
+
+    def key(method, **shot):
+        own = config.model_copy(update={"shot": config.shot.model_copy(update=shot)})
+        return planned(own, method)[-1].trained.key
+
+    assert key("coda-shot") != key("coda-shot", entropy=0.5) != key("coda-shot", prior="source")
+    assert key("moments") == key("moments", entropy=0.5, prior="source")
+    assert key("moments") != key("moments", moments=0.5)
+    assert len({key(method) for method in ("coda-shot", "shot", "moments")}) == 3
+
+
 def test_a_plate_without_moments_cannot_be_standardised(finished):
     config, _ = finished
     *_, of_target = planned(config, "standardise")[-1].evaluation.needs
@@ -186,7 +232,7 @@ def test_tent_moves_nothing_but_norms(finished):
     assert any(name.startswith("model.classifier.") for name in moved)
 
 
-@pytest.mark.parametrize("method", ["oda", "coda", "oda-mae"])
+@pytest.mark.parametrize("method", ADAPTING)
 def test_adaptation_leaves_classifier_and_projector_as_they_are(finished, method):
     config, _ = finished
     transfer = planned(config, method)[-1]
@@ -209,7 +255,7 @@ def noisy(load):
     return loaded
 
 
-@pytest.mark.parametrize("method", ["oda", "coda", "oda-mae", "tent"])
+@pytest.mark.parametrize("method", TRAINED)
 def test_no_source_tile_and_no_label_of_the_target_is_read_while_adapting(finished, method, tmp_path, monkeypatch):
     config, _ = finished
     monkeypatch.setattr(data, "load_tiles", noisy(data.load_tiles))

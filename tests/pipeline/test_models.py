@@ -25,7 +25,7 @@ from coda_ray.training.checkpoints import DamagedFileError
 from synthetic import finish, place, small_config, write_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = ("supervised", "coda", "oda", "oda-mae", "tent")
+METHODS = ("supervised", "coda", "oda", "oda-mae", "coda-shot", "tent")
 
 
 def write_records(results, config, requests, transfers, stages):

@@ -71,7 +71,7 @@ def test_a_point_changes_what_it_names(tmp_path):
     ("point", "told"),
     [
         ({"adapt.rate": 1}, r"tune\.space\.adapt\.rate: there is no such field"),
-        ({"lr": 1}, r"tune\.space\.lr: searched are method, granularity and fields of adapt and tent"),
+        ({"lr": 1}, r"tune\.space\.lr: searched are method, granularity and fields of adapt, shot, tent"),
         ({"dino.ema_start": 0.9}, r"tune\.space\.dino\.ema_start: searched are"),
         ({"train.log_every": 5}, r"tune\.space\.train\.log_every: searched are"),
         ({"stream.tasks": 1}, r"tune\.space\.stream\.tasks: searched are"),

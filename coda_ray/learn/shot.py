@@ -55,6 +55,11 @@ class Terms:
     moments: float = 1.0
     margin: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Check that there is something to learn."""
+        if not (self.reads or self.dino > 0 or self.moments > 0):
+            raise ValueError("shot: every term of the method has weight 0; give one of them more")
+
     @property
     def reads(self) -> bool:
         """Whether the classifier is asked at all."""
@@ -137,7 +142,7 @@ class SourceFreeObjective:
         self.log_prior = None if self.log_prior is None else self.log_prior.to(device)
 
     def loss(self, network: nn.Module, minibatch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add up the terms of one mini-batch; over several ranks, the diversity and the moments are those of all of them.
+        """Add up the terms of one mini-batch; over several ranks, means and moments are those of all of them.
 
         Parameters
         ----------
@@ -173,14 +178,12 @@ class SourceFreeObjective:
         """Compute the terms of the predictions (2 B, K) that have a weight."""
         terms, parts = self.terms, {}
         log_p = logits.log_softmax(-1)
-        p = log_p.exp()
-        entropy = -(p * log_p).sum(-1)
-        counted = (entropy.detach() <= terms.margin * math.log(logits.shape[-1])).float() if terms.margin < 1 else None
-        if terms.entropy > 0:
-            mean = entropy.mean() if counted is None else (entropy * counted).sum() / counted.sum().clamp(min=1)
-            parts["prediction_entropy"] = terms.entropy, mean
-        if terms.diversity > 0:
-            parts["prediction_diversity"] = terms.diversity, divergence(p, counted, self.log_prior)
+        if terms.entropy > 0 or terms.diversity > 0:
+            entropy, mean = sureness(log_p, terms.margin)
+            if terms.entropy > 0:
+                parts["prediction_entropy"] = terms.entropy, entropy
+            if terms.diversity > 0:
+                parts["prediction_diversity"] = terms.diversity, divergence(mean, self.log_prior)
         if terms.consistency > 0:
             first, second = log_p.chunk(2)
             crossed = first.detach().exp() * second + second.detach().exp() * first
@@ -211,15 +214,42 @@ class SourceFreeObjective:
         self.dino.load_state_dict(state)
 
 
-def divergence(p: Tensor, counted: Tensor | None, log_prior: Tensor | None) -> Tensor:
-    """Measure how far the mean prediction is from a prior, over all ranks.
+def sureness(log_p: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Average entropy and prediction over the predictions of all ranks that count.
 
     Parameters
     ----------
-    p
-        (N, K) predictions.
-    counted
-        (N,) 1 where a prediction counts, 0 elsewhere; None counts all.
+    log_p
+        (N, K) logarithms of this rank's predictions.
+    margin
+        As in `Terms`.
+
+    Returns
+    -------
+    entropy
+        0-d, mean entropy (nats), with its graph; 0 where no prediction counts.
+    mean
+        (K,) mean prediction, with its graph; zeros where none counts.
+    """
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(-1)
+    counted = torch.ones_like(entropy)
+    if margin < 1:
+        counted = (entropy.detach() <= margin * math.log(log_p.shape[-1])).to(p.dtype)
+    # Not as a matrix product, which autocast would compute in half precision.
+    sums = (torch.cat([entropy[:, None], p], 1) * counted[:, None]).sum(0)
+    total = _over_ranks(torch.cat([sums, counted.sum()[None]]))
+    means = total[:-1] / total[-1].clamp(min=1)
+    return means[0], means[1:]
+
+
+def divergence(mean: Tensor, log_prior: Tensor | None) -> Tensor:
+    """Measure how far a mean prediction is from a prior.
+
+    Parameters
+    ----------
+    mean
+        (K,) mean prediction.
     log_prior
         (K,); None is uniform.
 
@@ -228,10 +258,8 @@ def divergence(p: Tensor, counted: Tensor | None, log_prior: Tensor | None) -> T
     Tensor
         0-d, Kullback-Leibler divergence KL(mean prediction || prior) in nats, with its graph.
     """
-    weights = p.new_ones(len(p)) if counted is None else counted
-    total = _over_ranks(torch.cat([weights @ p, weights.sum()[None]]))
-    mean = (total[:-1] / total[-1].clamp(min=1)).clamp(min=1e-12)
-    log_wanted = -math.log(p.shape[-1]) if log_prior is None else log_prior
+    mean = mean.clamp(min=1e-12)
+    log_wanted = -math.log(len(mean)) if log_prior is None else log_prior
     return (mean * (mean.log() - log_wanted)).sum()
 
 

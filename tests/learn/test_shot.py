@@ -10,17 +10,24 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_objectives import CPU, RECIPE, SPEC, B, _dino
+from torch.nn.parallel import DistributedDataParallel
 
 from coda_ray.learn.dual import DualModel
 from coda_ray.learn.moments import Moments
 from coda_ray.learn.optim import build_optimizer
-from coda_ray.learn.shot import SourceFreeObjective, Terms, divergence, moment_distance
+from coda_ray.learn.precision import choose_precision
+from coda_ray.learn.shot import SourceFreeObjective, Terms, divergence, moment_distance, sureness
 from coda_ray.learn.views import dino_views
 from coda_ray.learn.vit import build_vit, tokens
+from coda_ray.tiles.plan import share_of
 
 CLASSES = 5
-NONE = Terms(dino=0, entropy=0, diversity=0, consistency=0, moments=0)
 NAMES = {"entropy": "prediction_entropy", "diversity": "prediction_diversity", "consistency": "consistency", "moments": "moments"}
+
+
+def only(margin=1.0, **weights):
+    """Weigh the terms that are named."""
+    return Terms(**dict.fromkeys(("dino", *NAMES), 0.0) | weights, margin=margin)
 
 
 def minibatch(partner=True, samples=B, first=0):
@@ -83,7 +90,7 @@ def slow(name, p, features, prior):
 @pytest.mark.parametrize("partner", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_each_term_is_that_of_a_slow_loop(name, partner):
-    objective, images = build(replace(NONE, **{name: 0.5})), minibatch(partner)
+    objective, images = build(only(**{name: 0.5})), minibatch(partner)
     loss, metrics = objective.loss(objective.network, images, 0)
     wanted = slow(name, *predictions(objective, images), [1 / CLASSES] * CLASSES)
     assert metrics[NAMES[name]].item() == pytest.approx(wanted, rel=1e-4)
@@ -93,21 +100,22 @@ def test_each_term_is_that_of_a_slow_loop(name, partner):
 
 def test_a_prior_of_the_source_takes_the_place_of_equal_shares():
     prior, images = torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1]), minibatch()
-    objective = build(replace(NONE, diversity=1), prior)
+    objective = build(only(diversity=1), prior)
     _, metrics = objective.loss(objective.network, images, 0)
     assert metrics["prediction_diversity"].item() == pytest.approx(
         slow("diversity", *predictions(objective, images), prior), rel=1e-4
     )
-    p = torch.rand(6, CLASSES).softmax(-1)
-    assert divergence(p, None, torch.full((CLASSES,), 1 / CLASSES).log()) == pytest.approx(
-        divergence(p, None, None).item(), abs=1e-6
-    )
-    assert divergence(prior.expand(3, -1), None, prior.log()).item() == pytest.approx(0, abs=1e-6)
+    mean = torch.rand(CLASSES).softmax(-1)
+    alike = torch.full((CLASSES,), 1 / CLASSES)
+    assert divergence(mean, alike.log()).item() == pytest.approx(divergence(mean, None).item(), abs=1e-6)
+    negative_entropy = float((mean * mean.log()).sum())
+    assert divergence(mean, None).item() == pytest.approx(negative_entropy + math.log(CLASSES), abs=1e-6)
+    assert divergence(prior, prior.log()).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_unsure_predictions_are_left_out_of_entropy_and_diversity_alone():
     images = minibatch()
-    objective = build(replace(NONE, entropy=1, diversity=1, consistency=1))
+    objective = build(only(entropy=1, diversity=1, consistency=1))
     p, features = predictions(objective, images)
     entropies = -(p * p.log()).sum(-1)
     margin = float(entropies.sort().values[3:5].mean()) / math.log(CLASSES)
@@ -123,7 +131,7 @@ def test_unsure_predictions_are_left_out_of_entropy_and_diversity_alone():
 
 def test_dino_is_what_it_is_by_itself():
     images, alone = minibatch(), _dino(drop_path=0.0)
-    objective = build(replace(NONE, dino=1))
+    objective = build(only(dino=1))
     wanted, told = alone.loss(alone.network, images, 0)
     loss, metrics = objective.loss(objective.network, images, 0)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
@@ -172,38 +180,82 @@ def test_a_run_in_the_middle_goes_on_as_if_nothing_had_happened():
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
-def test_a_term_without_what_it_needs_is_refused():
-    objective = build(NONE)
+def test_what_cannot_be_learnt_is_refused():
+    objective = build(only(entropy=1))
     with pytest.raises(ValueError, match="needs the moments of the tokens on the source"):
         SourceFreeObjective(objective.dino, objective.model, Terms(), source=None, prior=None)
+    with pytest.raises(ValueError, match="every term of the method has weight 0; give one of them more"):
+        only()
 
 
-def _on_a_rank(rank, world, file, wanted):
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-    low, high = (0, 3) if rank == 0 else (3, 8)  # shares of different size
-    values = torch.load(wanted, weights_only=True)
-    p, features = values["p"][low:high].clone().requires_grad_(), values["features"][low:high].clone().requires_grad_()
-    total = divergence(p, None, None) + moment_distance(features, source_moments())
-    total.backward()
-    assert torch.allclose(total, values["total"], rtol=1e-5)
-    # Data parallelism averages over ranks; the sum of what reaches one sample is then that of a single process.
-    assert torch.allclose(p.grad / world, values["p_grad"][low:high], atol=1e-6)
-    assert torch.allclose(features.grad / world, values["features_grad"][low:high], atol=1e-6)
+def test_where_no_prediction_counts_nothing_is_learnt_from_them():
+    objective = build(only(entropy=1, diversity=1, margin=1e-6))
+    loss, metrics = objective.loss(objective.network, minibatch(), 0)
+    loss.backward()
+    assert metrics["prediction_entropy"] == 0
+    assert all((p.grad == 0).all() for p in objective.network.parameters() if p.grad is not None)
+
+
+def test_predictions_and_moments_are_compared_in_float32_whatever_the_precision():
+    log_p, features = torch.randn(64, CLASSES).log_softmax(-1), torch.randn(8, 5, 16)
+
+    def measured():
+        entropy, mean = sureness(log_p, 0.9)
+        return torch.stack([entropy, divergence(mean, None), moment_distance(features, source_moments())])
+
+    exact = measured()
+    with choose_precision(CPU, "bf16").autocast():
+        assert torch.equal(measured(), exact)
+
+
+def gradients_of(objective, network, low, high, samples):
+    """Backward pass as the training loop weighs it: shares of a mini-batch may differ by one sample."""
+    network.train()
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    loss, metrics = objective.loss(network, minibatch(samples=high - low, first=low), 0)
+    (loss * ((high - low) * world / samples)).backward()
+    found = {name: p.grad for name, p in objective.network.named_parameters()}
+    return found | {name: metrics[name] for name in ("prediction_entropy", "prediction_diversity", "moments")}
+
+
+def _on_rank(rank, file, results, cases):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    for number, terms in enumerate(cases):
+        objective = build(terms)
+        wrapped = DistributedDataParallel(objective.network, find_unused_parameters=objective.find_unused)
+        found = gradients_of(objective, wrapped, *share_of(rank, 2, 7), 7)
+        torch.save(found, f"{results}/{number}-{rank}.pt")
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_together_are_one_process_with_the_whole_mini_batch(tmp_path):
-    torch.manual_seed(0)
-    p, features = torch.randn(8, CLASSES).softmax(-1).requires_grad_(), torch.randn(8, 5, 16).requires_grad_()
-    total = divergence(p, None, None) + moment_distance(features, source_moments())
-    total.backward()
-    wanted = {"p": p.detach(), "features": features.detach(), "total": total.detach()}
-    torch.save(wanted | {"p_grad": p.grad, "features_grad": features.grad}, tmp_path / "wanted")
-    mp.spawn(_on_a_rank, (2, str(tmp_path / "ranks"), str(tmp_path / "wanted")), nprocs=2)
+    entropies = torch.special.entr(predictions(build(Terms()), minibatch(samples=7))[0]).sum(-1)
+    margin = float(entropies.sort().values[6:8].mean()) / math.log(CLASSES)
+    sure = (entropies <= margin * math.log(CLASSES)).view(2, 7).sum(0)
+    assert sure[:3].sum() / 3 != sure[3:].sum() / 4, "the ranks' shares of sure predictions must differ"
+    cases = [replace(Terms(), margin=margin), replace(Terms(), dino=0)]
+    mp.spawn(_on_rank, (str(tmp_path / "meeting"), str(tmp_path), cases), nprocs=2)
+    for number, terms in enumerate(cases):
+        objective = build(terms)
+        wanted = gradients_of(objective, objective.network, 0, 7, 7)
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{number}-{rank}.pt", weights_only=True)
+            for name, value in wanted.items():
+                torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=f"case {number}: {name}")
 
 
-def test_everything_is_on_the_device_that_is_asked_for():
-    objective = build(Terms(), torch.full((CLASSES,), 1 / CLASSES))
-    objective.to(CPU)
-    loss, _ = objective.loss(objective.network, minibatch(), 0)
-    assert loss.isfinite()
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 5e-2)])
+def test_a_step_on_cuda_is_close_to_one_on_the_cpu(precision, tolerance):
+    prior = torch.tensor([0.4, 0.3, 0.1, 0.1, 0.1])
+    here, there = (build(Terms(), prior) for _ in range(2))
+    there.to(torch.device("cuda"))
+    _, expected = here.loss(here.network, minibatch(), 0)
+    with choose_precision(torch.device("cuda"), precision).autocast():
+        loss, metrics = there.loss(there.network, minibatch(), 0)
+    loss.backward()
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name].cpu(), value, rtol=tolerance, atol=tolerance, msg=name)

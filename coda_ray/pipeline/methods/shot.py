@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from coda_ray.config import Config, Granularity
+from coda_ray.config import Config, ConfigError, Granularity
 from coda_ray.learn.dual import DualModel
 from coda_ray.learn.objectives import DinoObjective
 from coda_ray.learn.shot import SourceFreeObjective, Terms
@@ -61,10 +61,13 @@ def shot(
 
 
 def terms_of(config: Config, row: MethodRow) -> Terms:
-    """Weigh the terms that a method uses; the others have weight 0."""
+    """Weigh the terms that a method uses; the others have weight 0. Raises `ConfigError` when none is left."""
     weights = config.shot.model_dump(include={"dino", "entropy", "diversity", "consistency", "moments"})
     used = {name: weight if name in row.terms else 0.0 for name, weight in weights.items()}
-    return Terms(**used, margin=config.shot.margin)
+    try:
+        return Terms(**used, margin=config.shot.margin)
+    except ValueError as error:
+        raise ConfigError(f"{row.name}: {error}") from None
 
 
 def class_shares(config: Config, classifier: Stage) -> list[float]:

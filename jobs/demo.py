@@ -73,7 +73,8 @@ def _is_there(bucket: Path, settings: SimulateSettings) -> bool:
     if not file.exists():
         return False
     record = json.loads(file.read_text(encoding="utf-8"))
-    found = {"version": record["version"], **record["settings"]}
+    # A record that lacks a setting is older than it, and was written as if it had the default.
+    found = {"version": record["version"], **SimulateSettings().model_dump(mode="json"), **record["settings"]}
     wanted = {"version": SIMULATOR_VERSION, **settings.model_dump(mode="json")}
     others = [f"{name} {found.get(name)}, not {value}" for name, value in wanted.items() if found.get(name) != value]
     if others:

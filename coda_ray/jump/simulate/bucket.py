@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +14,7 @@ import tifffile
 
 from coda_ray.config import CHANNELS, Place
 from coda_ray.jump.simulate.defects import FILE_KINDS, Defect, plan_defects, spoil_file, spoil_list
-from coda_ray.jump.simulate.layout import Plate, current_layout, draw_plates, draw_wells, image_list, old_layout
+from coda_ray.jump.simulate.layout import Plate, current_layout, draw_plates, image_list, old_layout, wells_of
 from coda_ray.jump.simulate.microscope import estimated_illumination, expose, illumination
 from coda_ray.jump.simulate.population import draw_population
 from coda_ray.jump.simulate.render import Image, render
@@ -143,17 +143,18 @@ def _write_plate(
 def _render_all(
     settings: SimulateSettings,
     plates: Sequence[Plate],
-    wells: Mapping[str, int],
+    wells: Mapping[str, Mapping[str, int]],
     defects: Mapping[str, Sequence[Defect]],
     out: Folder,
     progress: Callable[[int, int], None],
-) -> int:
-    """Render every plate in Ray tasks of a few wells each; return the bytes written."""
+) -> tuple[int, int]:
+    """Render every plate in Ray tasks of a few wells each; return how many sites and bytes were written."""
     task = ray.remote(num_cpus=1)(_write_wells)
-    total = len(plates) * len(wells) * settings.sites_per_well
-    names = list(wells)
-    parts = [{w: wells[w] for w in names[i : i + _WELLS_PER_TASK]} for i in range(0, len(names), _WELLS_PER_TASK)]
-    waiting = [(plate, part) for plate in plates for part in parts]
+    waiting = []
+    for plate in plates:
+        here = list(wells[plate.source].items())
+        waiting += [(plate, dict(here[i : i + _WELLS_PER_TASK])) for i in range(0, len(here), _WELLS_PER_TASK)]
+    total = sum(len(part) for _, part in waiting) * settings.sites_per_well
     running: list[Any] = []
     done = written = 0
     progress(0, total)
@@ -165,11 +166,15 @@ def _render_all(
         for sites, size in ray.get(finished):
             done, written = done + sites, written + size
         progress(done, total)
-    return written
+    return done, written
 
 
 def _record(
-    settings: SimulateSettings, plates: Sequence[Plate], compounds: Sequence[Compound], scopes: Mapping[str, Optics]
+    settings: SimulateSettings,
+    plates: Sequence[Plate],
+    wells: Mapping[str, Mapping[str, int]],
+    compounds: Sequence[Compound],
+    scopes: Mapping[str, Optics],
 ) -> dict[str, Any]:
     """Everything that was drawn, for simulation.json."""
     sources: dict[str, Any] = {}
@@ -179,14 +184,21 @@ def _record(
             drawn = batches.setdefault(plate.batch, {**describe(draw_batch(settings, source, plate.batch)), "plates": []})
             drawn["plates"].append(plate.name)
         style = next(p.style for p in plates if p.source == source)
-        sources[source] = {"style": style, "optics": describe(scope), "batches": batches}
+        held = dict(Counter(compounds[c].moa for c in wells[source].values() if c >= 0))
+        sources[source] = {"style": style, "optics": describe(scope), "batches": batches, "moa_wells": held}
     effects, shared = compound_effects(settings), mechanisms(settings)
-    moas: dict[str, Any] = {}
+    moas: dict[bool, dict[str, Any]] = {True: {}, False: {}}
     for i, compound in enumerate(compounds):
-        m = i // settings.compounds_per_moa
-        moa = moas.setdefault(compound.moa, {"effect": _named(shared[m]), "compounds": {}})
+        effect = _named(shared[i // settings.compounds_per_moa])
+        moa = moas[compound.known].setdefault(compound.moa, {"effect": effect, "compounds": {}})
         moa["compounds"][compound.name] = {"jcp2022": compound.jcp, "effect": _named(effects[i])}
-    return {"version": SIMULATOR_VERSION, "settings": settings.model_dump(), "sources": sources, "moas": moas}
+    return {
+        "version": SIMULATOR_VERSION,
+        "settings": settings.model_dump(),
+        "sources": sources,
+        "moas": moas[True],
+        "unknown_moas": moas[False],
+    }
 
 
 def _named(effect: Floats) -> dict[str, float]:
@@ -217,7 +229,8 @@ def write_bucket(settings: SimulateSettings, out: Place, progress: Callable[[int
         When the place cannot be written.
     """
     folder = open_place(out)
-    plates, wells, compounds = draw_plates(settings), draw_wells(settings), draw_compounds(settings)
+    plates, compounds = draw_plates(settings), draw_compounds(settings)
+    wells = {source: wells_of(settings, source) for source in settings.sources}
     scopes = {source: optics(settings, source) for source in settings.sources}
     defects = plan_defects(settings, plates, wells)
     by_plate: dict[str, list[Defect]] = defaultdict(list)
@@ -225,17 +238,16 @@ def write_bucket(settings: SimulateSettings, out: Place, progress: Callable[[int
         by_plate[defect.plate].append(defect)
     for name in ("simulation.json", "defects.json"):  # of a bucket that was here before
         folder.delete(name)
-    written = _render_all(settings, plates, wells, by_plate, folder, progress)
+    sites, written = _render_all(settings, plates, wells, by_plate, folder, progress)
     for plate in plates:
-        _write_plate(settings, plate, wells, by_plate[plate.name], folder)
+        _write_plate(settings, plate, wells[plate.source], by_plate[plate.name], folder)
     as_dmso = {(d.plate, d.well) for d in defects if d.kind == "recorded_as_dmso"}
     for name, data in metadata_files(settings, plates, wells, compounds, scopes, as_dmso).items():
         folder.write(f"metadata/{name}", data)
     if defects:
         folder.write("defects.json", _json([asdict(defect) for defect in defects]))
     # Last, so that its presence means a whole bucket.
-    folder.write("simulation.json", _json(_record(settings, plates, compounds, scopes)))
-    sites = len(plates) * len(wells) * settings.sites_per_well
+    folder.write("simulation.json", _json(_record(settings, plates, wells, compounds, scopes)))
     return {"version": SIMULATOR_VERSION, "plates": len(plates), "sites": sites, "bytes": written, "defects": len(defects)}
 
 

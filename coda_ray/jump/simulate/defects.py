@@ -37,14 +37,18 @@ class Defect:
     channel: str = ""
 
 
-def plan_defects(settings: SimulateSettings, plates: Sequence[Plate], wells: Mapping[str, int]) -> list[Defect]:
-    """Choose where to plant one defect of each kind, spread over the plates; none unless the settings ask for it."""
+def plan_defects(settings: SimulateSettings, plates: Sequence[Plate], wells: Mapping[str, Mapping[str, int]]) -> list[Defect]:
+    """Choose where to plant one defect of each kind, spread over the plates; none unless the settings ask for it.
+
+    `wells` maps a source to what `wells_of` gives for it.
+    """
     if not settings.defects:
         return []
     rng = generator(settings.seed, "defects")
     order = [plates[i] for i in rng.permutation(len(plates))]
     kinds = FILE_KINDS + LIST_KINDS + PLATE_KINDS
-    planned = [_plan(kind, order[i % len(order)], settings, wells, rng) for i, kind in enumerate(kinds)]
+    chosen = [(kind, order[i % len(order)]) for i, kind in enumerate(kinds)]
+    planned = [_plan(kind, plate, settings, wells[plate.source], rng) for kind, plate in chosen]
     digits = next(plate for plate in plates if plate.name.isdigit())
     planned.append(Defect("digit_plate_name", f"{GALLERY}/{digits.lists[0]}", digits.source, digits.name))
     return planned

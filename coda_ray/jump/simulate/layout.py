@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 
 from coda_ray.config import CHANNELS
@@ -106,14 +107,53 @@ def draw_plates(settings: SimulateSettings) -> list[Plate]:
     return plates
 
 
-def draw_wells(settings: SimulateSettings) -> dict[str, int]:
-    """Plate layout, the same in every source: well → number of its compound, -1 for DMSO; in order of wells."""
-    rng = generator(settings.seed, "layout")
+def wells_per_moa(settings: SimulateSettings, source: str) -> list[int]:
+    """Wells of a compound on each plate of a source, by named mechanism; which are frequent follows from the seed."""
+    own = [source] if settings.imbalance_by_source else []
+    ranks = generator(settings.seed, "imbalance", *own).permutation(settings.moas)
+    return [settings.wells_by_rank[rank] for rank in ranks]
+
+
+def _places(settings: SimulateSettings) -> list[tuple[str, int]]:
+    """Give out the wells: name and compound of each, -1 for DMSO.
+
+    First come those of the balanced world without unknown mechanisms. They stand, and look, as they do in that world; the
+    others take wells that are free there.
+    """
     names = [f"{row}{column:02d}" for row in "ABCDEFGHIJKLMNOP" for column in range(1, 25)]
-    compounds = [c for c in range(settings.moas * settings.compounds_per_moa) for _ in range(settings.wells_per_compound)]
-    contents = rng.permutation(compounds + [-1] * settings.dmso_wells)
+    each, known = settings.wells_per_compound, settings.known_compounds
+    rng = generator(settings.seed, "layout")
+    contents = rng.permutation([c for c in range(known) for _ in range(each)] + [-1] * settings.dmso_wells)
     places = sorted(rng.choice(len(names), len(contents), replace=False))
-    return {names[place]: int(content) for place, content in zip(places, contents, strict=True)}
+    unknown = [known + c for c in range(settings.unknown_compounds) for _ in range(each)]
+    most = np.max([wells_per_moa(settings, source) for source in settings.sources], axis=0)
+    frequent = [c for c in range(known) for _ in range(most[c // settings.compounds_per_moa] - each)]
+    for kind, more in (("unknown", unknown), ("imbalance", frequent)):
+        free = sorted(set(range(len(names))) - set(places))
+        places += list(generator(settings.seed, "layout", kind).choice(free, len(more), replace=False))
+    return [(names[place], int(content)) for place, content in zip(places, [*contents, *unknown, *frequent], strict=True)]
+
+
+def draw_wells(settings: SimulateSettings) -> dict[str, int]:
+    """Plate layout, one for all sources: well → number of its compound, -1 for DMSO; in order of wells.
+
+    Compounds of unknown mechanisms have the highest numbers. A source may leave wells of the layout empty: see `wells_of`.
+    """
+    return dict(sorted(_places(settings)))
+
+
+def wells_of(settings: SimulateSettings, source: str) -> dict[str, int]:
+    """Wells of the layout that hold cells on the plates of a source, as `draw_wells` gives them."""
+    has_unknown = not settings.unknown_only_in or source in settings.unknown_only_in
+    wanted = [n for n in wells_per_moa(settings, source) for _ in range(settings.compounds_per_moa)]
+    wanted += [settings.wells_per_compound * has_unknown] * settings.unknown_compounds
+    left = dict(enumerate(wanted)) | {-1: settings.dmso_wells}
+    filled = {}
+    for well, content in _places(settings):
+        left[content] -= 1
+        if left[content] >= 0:
+            filled[well] = content
+    return dict(sorted(filled.items()))
 
 
 def image_list(plate: Plate, wells: Sequence[str], sites: int) -> pd.DataFrame:

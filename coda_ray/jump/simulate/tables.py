@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from coda_ray.jump.simulate.layout import Plate
+from coda_ray.jump.simulate.layout import Plate, draw_wells
 from coda_ray.jump.simulate.settings import SimulateSettings
 from coda_ray.jump.simulate.world import Optics, generator
 
@@ -20,6 +20,9 @@ _STARTS += ["nar", "pel", "quin", "ros", "sel", "tam", "ver", "wol", "xan", "zir
 _MIDDLES = ["a", "e", "i", "o", "u", "ari", "eno", "ilo", "oma", "ura"]
 _DRUG_ENDS = ["tinib", "zole", "mycin", "pride", "statin", "caine", "dopa", "fenac", "mide", "rolol"]
 _TARGET_ENDS = ["kin", "rin", "din", "phos", "lase"]
+# Of compounds and targets that no table names a mechanism of, so that no name is given twice.
+_UNKNOWN_DRUG_ENDS = ["vaptan", "gliptin", "sartan", "parin", "oxacin"]
+_UNKNOWN_TARGET_ENDS = ["tor", "gen", "plex"]
 _ACTIONS = ("inhibitor", "receptor agonist", "receptor antagonist", "channel blocker", "stabilizing agent", "uptake inhibitor")
 _DRUG_COLUMNS = ["pert_iname", "clinical_phase", "moa", "target", "disease_area", "indication"]
 _SAMPLE_COLUMNS = ["broad_id", "pert_iname", "qc_incompatible", "purity", "vendor", "catalog_no", "vendor_name"]
@@ -28,13 +31,22 @@ _SAMPLE_COLUMNS += ["expected_mass", "smiles", "InChIKey", "pubchem_cid", "depre
 
 @dataclass(frozen=True)
 class Compound:
-    """One invented compound."""
+    """One invented compound.
+
+    Attributes
+    ----------
+    moa
+        Its mechanism.
+    known
+        Whether tables name the mechanism.
+    """
 
     jcp: str
     name: str
     moa: str
     broad_core: str
     inchikey: str
+    known: bool
 
 
 def _letters(text: str, count: int) -> str:
@@ -52,17 +64,24 @@ def _words(rng: np.random.Generator, ends: Sequence[str], count: int) -> list[st
 
 
 def draw_compounds(settings: SimulateSettings) -> list[Compound]:
-    """Name mechanisms and compounds; compounds of one mechanism stand together. One MoA is a composite with `|`."""
+    """Name mechanisms and compounds; compounds of one mechanism stand together, those of unknown mechanisms last.
+
+    One of the known mechanisms is a composite with `|`.
+    """
     rng = generator(settings.seed, "names")
     moas = [f"{word} {rng.choice(_ACTIONS)}" for word in _words(rng, _TARGET_ENDS, settings.moas)]
     moas[-1] = f"{moas[-1]}|{moas[-1].split()[0]} modulator"
-    names = _words(rng, _DRUG_ENDS, settings.moas * settings.compounds_per_moa)
-    cores = rng.choice(90_000_000, len(names), replace=False) + 10_000_000
+    names = _words(rng, _DRUG_ENDS, settings.known_compounds)
+    cores = list(rng.choice(90_000_000, len(names), replace=False) + 10_000_000)
+    rng = generator(settings.seed, "unknown names")
+    moas += [f"{word} {rng.choice(_ACTIONS)}" for word in _words(rng, _UNKNOWN_TARGET_ENDS, settings.unknown_moas)]
+    names += _words(rng, _UNKNOWN_DRUG_ENDS, settings.unknown_compounds)
+    cores += list(rng.choice(8_000_000, settings.unknown_compounds, replace=False) + 2_000_000)
     compounds = []
     for i, name in enumerate(names):
         key = f"{_letters(name, 14)}-{_letters(name + 'x', 8)}SA-N"
-        moa = moas[i // settings.compounds_per_moa]
-        compounds.append(Compound(f"JCP2022_{100_001 + 37 * i:06d}", name, moa, f"BRD-K{cores[i]:08d}", key))
+        moa, known = moas[i // settings.compounds_per_moa], i < settings.known_compounds
+        compounds.append(Compound(f"JCP2022_{100_001 + 37 * i:06d}", name, moa, f"BRD-K{cores[i]:08d}", key, known))
     return compounds
 
 
@@ -82,7 +101,7 @@ def _comments(what: str, width: int) -> list[list[str]]:
     return [[*line, *[""] * (width - 2)] for line in lines]
 
 
-def _moa_tables(settings: SimulateSettings, compounds: Sequence[Compound], wells: Mapping[str, int]) -> dict[str, bytes]:
+def _moa_tables(settings: SimulateSettings, compounds: Sequence[Compound]) -> dict[str, bytes]:
     """The four inputs of the MoA rule."""
     meta: list[list[object]] = [
         ["broad_sample", "InChIKey", "pert_iname", "pubchem_cid", "target_list", "pert_type", "control_type", "smiles", "InChI"]
@@ -93,22 +112,26 @@ def _moa_tables(settings: SimulateSettings, compounds: Sequence[Compound], wells
     for i, c in enumerate(compounds):
         cid = str(900_000 + i)
         meta.append([f"{c.broad_core}-001-01-1", c.inchikey, c.name, cid, "NA", "trt", "NA", "", ""])
+        if not c.known and i % 2:
+            continue  # The hub lists every second of them, without a mechanism.
         use = ["otology", "Ménière's disease"] if i % 5 == 0 else ["", ""]
-        drugs.append([c.name, "Preclinical", c.moa, "", *use])
+        drugs.append([c.name, "Preclinical", c.moa if c.known else "", "", *use])
         # A compound has been bought more than once, as other salts and lots.
         for lot in range(1, 2 + i % 3):
             sample = [f"{c.broad_core}-00{lot}-0{lot}-{lot}", c.name, "0", "98.1", "Simulated", f"S{i:04d}", f'{c.name} 5" vial']
             samples.append([*sample, "300.1", "", c.inchikey, cid, ""])
     rng = generator(settings.seed, "elsewhere")
+    moas = [c.moa for c in compounds if c.known]
     for i, word in enumerate(_words(rng, ["quat", "xine"], 12)):
         # The hub knows drugs that no plate holds, some without a mechanism.
-        drugs.append([word, "Launched", "" if i % 3 == 0 else compounds[i % len(compounds)].moa, "", "", ""])
+        drugs.append([word, "Launched", "" if i % 3 == 0 else moas[i % len(moas)], "", "", ""])
         core = f"BRD-K{1_000_000 + 7 * i:08d}"
         sample = [f"{core}-001-01-1", word, "0", "97", "Simulated", f"E{i:04d}", word, "300.1", ""]
         samples.append([*sample, f"{_letters(word, 14)}-{_letters(word + 'x', 8)}SA-N", "", ""])
     meta.append(["NA", _DMSO_KEY, "DMSO", "679", "NA", "control", "negcon", "C[S+](C)[O-]", "InChI=1S/C2H6OS/c1-4(2)3/h1-2H3"])
     platemap = [["well_position", "broad_sample", "solvent"]]
-    platemap += [[well, f"{compounds[c].broad_core}-001-01-1" if c >= 0 else "", "DMSO"] for well, c in wells.items()]
+    layout = draw_wells(settings)
+    platemap += [[well, f"{compounds[c].broad_core}-001-01-1" if c >= 0 else "", "DMSO"] for well, c in layout.items()]
     return {
         "compound_metadata.tsv": _tab(meta).encode(),
         "compound_platemap.tsv": _tab(platemap).encode(),
@@ -120,7 +143,7 @@ def _moa_tables(settings: SimulateSettings, compounds: Sequence[Compound], wells
 def metadata_files(
     settings: SimulateSettings,
     plates: Sequence[Plate],
-    wells: Mapping[str, int],
+    wells: Mapping[str, Mapping[str, int]],
     compounds: Sequence[Compound],
     microscopes: Mapping[str, Optics],
     recorded_as_dmso: set[tuple[str, str]],
@@ -130,7 +153,7 @@ def metadata_files(
     Parameters
     ----------
     settings, plates, wells, compounds, microscopes
-        The world; `wells` maps a well to its compound's number, -1 for DMSO.
+        The world; `wells` maps a source to what `wells_of` gives for it.
     recorded_as_dmso
         (plate, well) pairs that the well table wrongly gives as DMSO.
 
@@ -143,7 +166,7 @@ def metadata_files(
     well_rows = [
         (p.source, p.name, well, DMSO if c < 0 or (p.name, well) in recorded_as_dmso else compounds[c].jcp)
         for p in plates
-        for well, c in wells.items()
+        for well, c in wells[p.source].items()
     ]
     compound_rows = sorted([(c.jcp, c.inchikey) for c in compounds] + [(DMSO, _DMSO_KEY)])
     scopes = [
@@ -152,7 +175,7 @@ def metadata_files(
             "Metadata_Microscope_Name": o.microscope,
             "Metadata_Widefield_vs_Confocal": "Confocal" if o.confocal else "Widefield",
             "Metadata_Excitation_Type": o.excitation,
-            "Metadata_Objective_NA": o.numerical_aperture,
+            "Metadata_Objective_NA": round(o.numerical_aperture, 6),
             "Metadata_N_Brightfield_Planes_Min": 0,
             "Metadata_N_Brightfield_Planes_Max": 0,
             "Metadata_Distance_Between_Z_Microns": "",
@@ -177,5 +200,5 @@ def metadata_files(
         "compound.csv.gz": _csv_gz(pd.DataFrame(compound_rows, columns=["Metadata_JCP2022", "Metadata_InChIKey"])),
         "perturbation_control.csv": control_table.getvalue().encode(),
         "microscope_config.csv": scope_table.getvalue().encode(),
-        **_moa_tables(settings, compounds, wells),
+        **_moa_tables(settings, compounds),
     }

@@ -5,7 +5,8 @@ whatever else the world holds.
 """
 
 import hashlib
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -99,15 +100,16 @@ def mechanisms(settings: SimulateSettings) -> Floats:
 
     Returns
     -------
-    ndarray of float64, shape (moas, traits)
-        Shifts in units of each trait's step.
+    ndarray of float64, shape (moas + unknown_moas, traits)
+        Shifts in units of each trait's step; the unknown ones come last and change none of the others.
     """
-    rng = generator(settings.seed, "mechanisms")
-    chosen = [_mechanism(rng)]
-    while len(chosen) < settings.moas:
-        candidates = [_mechanism(rng) for _ in range(16)]
-        gaps = [min(float(np.linalg.norm(c - other)) for other in chosen) for c in candidates]
-        chosen.append(candidates[int(np.argmax(gaps))])
+    chosen: list[Floats] = []
+    for name, count in (("mechanisms", settings.moas), ("unknown mechanisms", settings.unknown_moas)):
+        rng = generator(settings.seed, name)
+        for _ in range(count):
+            candidates = [_mechanism(rng) for _ in range(16 if chosen else 1)]
+            gaps = [min((float(np.linalg.norm(c - other)) for other in chosen), default=0.0) for c in candidates]
+            chosen.append(candidates[int(np.argmax(gaps))])
     return np.stack(chosen)
 
 
@@ -116,13 +118,14 @@ def compound_effects(settings: SimulateSettings) -> Floats:
 
     Returns
     -------
-    ndarray of float64, shape (moas * compounds_per_moa, traits)
-        Compounds of one mechanism stand together.
+    ndarray of float64, shape ((moas + unknown_moas) * compounds_per_moa, traits)
+        Compounds of one mechanism stand together, those of unknown mechanisms last.
     """
     rows = []
     for m, effect in enumerate(mechanisms(settings)):
+        name = ("compound", m) if m < settings.moas else ("unknown compound", m - settings.moas)
         for c in range(settings.compounds_per_moa):
-            rng = generator(settings.seed, "compound", m, c)
+            rng = generator(settings.seed, *name, c)
             side = rng.normal(size=len(NAMES)) * (rng.random(len(NAMES)) < 0.3)
             rows.append(rng.uniform(0.8, 1.2) * effect + 0.4 * side)
     return np.stack(rows)
@@ -157,6 +160,18 @@ class Optics:
     response: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What differs between two runs of one lab."""
+
+    stain: tuple[float, ...]
+    background: tuple[float, ...]
+    focus_um: tuple[float, ...]
+    vignette_centre: tuple[float, float]
+    vignette_tilt: tuple[float, ...]
+    passage: tuple[float, ...]
+
+
 # Microscope, confocal, light source, numerical apertures and pixel sizes found among the sources of JUMP
 # (jump-cellpainting/datasets, metadata/microscope_config.csv).
 _INSTRUMENTS: tuple[tuple[str, bool, str, tuple[float, ...], tuple[float, float]], ...] = (
@@ -173,14 +188,107 @@ _GROUP_SD = {"culture": 0.45, "nucleus": 0.5, "shape": 0.6}
 _HABIT_SD = np.array([0.0 if name in _EXPOSED else _GROUP_SD.get(trait.group, 1.6) for name, trait in TRAITS.items()])
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Where the draws of a field lie: their mean over all labs, and the limits of what is physical.
+
+    Attributes
+    ----------
+    mean, low, high
+        One number for all values of the field, or one for each.
+    log
+        Whether labs differ by factors instead of by amounts.
+    """
+
+    mean: float | tuple[float, ...]
+    low: float | tuple[float, ...]
+    high: float | tuple[float, ...]
+    log: bool = False
+
+    def scaled(self, drawn: npt.ArrayLike, by: float | Floats, unit: float = 1.0) -> Floats:
+        """Move what was drawn to `by` times its distance from the mean, within the limits or where it was; 1 moves nothing.
+
+        Mean and limits are in `unit`.
+        """
+        values, mean = np.asarray(drawn, dtype=np.float64), unit * np.asarray(self.mean)
+        # Of the forms that 1 leaves exactly as they are.
+        far = values * np.exp((by - 1) * np.log(values / mean)) if self.log else values + (by - 1) * (values - mean)
+        low, high = unit * np.asarray(self.low), unit * np.asarray(self.high)
+        return np.asarray(np.clip(far, np.minimum(values, low), np.maximum(values, high)))
+
+
+# Means of the draws of `_draw_optics` over the three instruments and of `_draw_batch`.
+_GAIN = (0.070, 0.24, 0.19, 0.11, 0.20)
+_OPTICS = {
+    "numerical_aperture": Spread(float(np.mean([np.mean(apertures) for *_, apertures, _ in _INSTRUMENTS])), 0.4, 1.2),
+    "pixel_um": Spread(float(np.mean([sizes for *_, sizes in _INSTRUMENTS])), 0.3, 1.3),
+    "depth_um": Spread(1.87, 0.3, 8.0),
+    "haze": Spread((0.20, 0.33, 0.33, 0.30, 0.33), 0.0, 0.8),
+    "haze_um": Spread((4.0, 15.0), (1.5, 6.0), (8.0, 30.0)),
+    "gamma": Spread(float(np.exp(0.05)), 0.4, 2.5, log=True),
+    "vignetting": Spread(0.25, 0.0, 0.6),
+    "golgi_share": Spread(0.5, 0.0, 1.0),
+    "unspecific": Spread((0.02, 0.30, 0.25, 0.25, 0.30), 0.0, 0.9),
+}
+# In units of the camera's full scale.
+_CAMERA = {
+    "gain": Spread(_GAIN, tuple(g / 4 for g in _GAIN), tuple(g * 4 for g in _GAIN), log=True),
+    "offset": Spread(0.0075, 0.0005, 0.05),
+    "counts_per_photon": Spread(1 / 68_600, 1e-6, 2e-4, log=True),
+    "read_noise": Spread(0.00028, 0.00002, 0.005, log=True),
+}
+_BLEED = Spread((0.20, 0.25, 0.225, 0.30, 0.30, 0.02), 0.0, 0.8)
+_BATCH = {
+    "stain": Spread(1.0, 0.3, 3.0, log=True),
+    "background": Spread(1.1, 0.1, 3.0),
+    "focus_um": Spread(0.0, -5.0, 5.0),
+    "vignette_centre": Spread(0.0, -0.5, 0.5),
+    "vignette_tilt": Spread(0.0, -0.25, 0.25),
+}
+# How a lab grows its cells is biology, how its stains look is staining.
+_GROWN = np.array([trait.group in _GROUP_SD for trait in TRAITS.values()])
+_HABIT = Spread(0.0, tuple(np.where(_GROWN, -2.5, -4.0)), tuple(np.where(_GROWN, 2.5, 4.0)))
+_PASSAGE = Spread(0.0, -3.0, 3.0)
+_RESPONSE = Spread(1.0, 0.2, 3.0, log=True)
+
+
+def _stretched(
+    record: Optics | Batch, spreads: Mapping[str, Spread], by: float | Floats, unit: float = 1.0
+) -> dict[str, float | tuple[float, ...]]:
+    """Fields of a draw at `by` times their distance from the mean."""
+    fields: dict[str, float | tuple[float, ...]] = {}
+    for name, spread in spreads.items():
+        far = spread.scaled(getattr(record, name), by, unit)
+        fields[name] = tuple(float(value) for value in far) if far.ndim else float(far)
+    return fields
+
+
 def optics(settings: SimulateSettings, source: str) -> Optics:
-    """Draw a source's microscope and staining."""
+    """Draw a source's microscope and staining, as far from the mean of all labs as the settings ask.
+
+    What names an instrument stays: microscope, light source, whether it is confocal, and the bits of its camera.
+    """
+    drawn = _draw_optics(settings, source)
+    by, biology = settings.severity, settings.biology_severity
+    bleed = _BLEED.scaled([share for *_, share in drawn.bleed], by)
+    return replace(
+        drawn,
+        **_stretched(drawn, _OPTICS, by),
+        **_stretched(drawn, _CAMERA, by, drawn.full_scale),
+        **_stretched(drawn, {"habit": _HABIT}, np.where(_GROWN, biology, by)),
+        **_stretched(drawn, {"response": _RESPONSE}, biology),
+        bleed=tuple((a, b, float(share)) for (a, b, _), share in zip(drawn.bleed, bleed, strict=True)),
+    )
+
+
+def _draw_optics(settings: SimulateSettings, source: str) -> Optics:
+    """Draw a source's microscope and staining as they were calibrated."""
     rng = generator(settings.seed, "optics", source)
     index = settings.sources.index(source)
     name, confocal, light, apertures, sizes = _INSTRUMENTS[index % len(_INSTRUMENTS)]
     haze = rng.uniform(0.05, 0.40) if confocal else rng.uniform(0.45, 0.62)
     full_scale = int(rng.choice([4095, 65535])) if confocal else 65535
-    gains = np.array([0.070, 0.24, 0.19, 0.11, 0.20]) * np.exp(rng.normal(0, 0.25, 5)) * full_scale
+    gains = np.array(_GAIN) * np.exp(rng.normal(0, 0.25, 5)) * full_scale
     # RNA and AGP dyes overlap most, then ER into RNA: their filters are close or, in some labs, the same.
     bleed: tuple[tuple[int, int, float], ...]
     bleed = ((2, 3, rng.uniform(0.05, 0.35)), (3, 2, rng.uniform(0.05, 0.45)), (1, 2, rng.uniform(0.05, 0.40)))
@@ -209,20 +317,15 @@ def optics(settings: SimulateSettings, source: str) -> Optics:
     )
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What differs between two runs of one lab."""
-
-    stain: tuple[float, ...]
-    background: tuple[float, ...]
-    focus_um: tuple[float, ...]
-    vignette_centre: tuple[float, float]
-    vignette_tilt: tuple[float, ...]
-    passage: tuple[float, ...]
-
-
 def draw_batch(settings: SimulateSettings, source: str, batch: str) -> Batch:
-    """Draw a batch's staining, background, focus, illumination and passage of cells."""
+    """Draw a batch's staining, background, focus, illumination and passage of cells, as far from the mean as the settings ask."""
+    drawn = _draw_batch(settings, source, batch)
+    optical = _stretched(drawn, _BATCH, settings.severity)
+    return replace(drawn, **optical, **_stretched(drawn, {"passage": _PASSAGE}, settings.biology_severity))
+
+
+def _draw_batch(settings: SimulateSettings, source: str, batch: str) -> Batch:
+    """Draw a batch as it was calibrated."""
     rng = generator(settings.seed, "batch", source, batch)
     common = rng.normal(0, 0.12)
     passage = rng.normal(0, 0.15, len(NAMES))

@@ -11,6 +11,48 @@ from sklearn.preprocessing import StandardScaler
 
 # harmonypy seeks one cluster for every 30 rows, at most 100.
 HARMONY_ROWS_PER_CLUSTER = 30
+# Of CORAL: what is added to both covariances, of features that are scaled to variance 1.
+CORAL_RIDGE = 1.0
+
+
+def zscore_plates(features: NDArray[np.floating[Any]], plates: NDArray[Any], reference: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Bring each plate's features to mean 0 and standard deviation 1 of its reference images.
+
+    The plate-wise normalisation of image-based profiles (Caicedo et al., "Data-analysis strategies for image-based cell
+    profiling", Nature Methods 2017), to all images of a plate or to its untreated ones. A feature without spread among the
+    reference images is centred and keeps its scale.
+
+    Parameters
+    ----------
+    features
+        (N, D) embeddings.
+    plates
+        (N,) names; plates of two labs are to have two.
+    reference
+        (N,) whether mean and standard deviation are taken over the image.
+
+    Returns
+    -------
+    ndarray
+        (N, D) float32.
+
+    Raises
+    ------
+    ValueError
+        When shapes disagree, a feature is not finite or a plate has fewer than two reference images.
+    """
+    rows = _finite_rows(features)
+    _check_names("plates", plates, rows)
+    _check_names("reference", reference, rows)
+    result = np.empty(rows.shape, dtype=np.float32)
+    names, code = np.unique(plates, return_inverse=True)
+    for number, name in enumerate(names):
+        inside = code == number
+        own = rows[inside & reference]
+        if len(own) < 2:
+            raise ValueError(f"plate {name} has {len(own)} images to take its mean and spread from, and needs two")
+        result[inside] = StandardScaler().fit(own).transform(rows[inside])
+    return result
 
 
 @dataclass(frozen=True)
@@ -61,7 +103,7 @@ class Sphering:
                 f"sphering of {width} features without regularisation needs more than {width} controls, it has {count}; "
                 "give more DMSO images, or a regularisation above 0"
             )
-        values, vectors = np.linalg.eigh(np.cov(rows, rowvar=False).reshape(width, width))
+        values, vectors = np.linalg.eigh(_covariance(rows))
         if values[-1] <= 0:
             raise ValueError(f"the {count} controls are all alike; check the features of the DMSO images")
         # Rounding may leave eigenvalues a little below zero.
@@ -71,7 +113,7 @@ class Sphering:
                 f"the covariance of the {count} controls has no inverse: features depend on each other; "
                 "give a regularisation above 0"
             )
-        return cls(rows.mean(axis=0), (vectors / np.sqrt(regular)) @ vectors.T)
+        return cls(rows.mean(axis=0), _power(regular, vectors, -0.5))
 
     def transform(self, features: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
         """Centre at the controls' mean and whiten.
@@ -96,6 +138,77 @@ class Sphering:
             raise ValueError(f"features have {rows.shape[1]} columns, the controls had {len(self.mean)}; use the same model")
         whitened: NDArray[np.float32] = ((rows - self.mean) @ self.whitening).astype(np.float32)
         return whitened
+
+
+@dataclass(frozen=True)
+class Coral:
+    """Features of a source, coloured like those of a target: its covariance in place of their own.
+
+    Correlation alignment (Sun, Feng and Saenko, "Return of frustratingly easy domain adaptation", AAAI 2016, algorithm 1): both
+    sides are scaled to mean 0 and variance 1 by themselves, then the source alone is whitened and re-coloured; what classifies
+    is trained on it afterwards. The identity is added to both covariances, as there, so that fewer rows than features will do.
+
+    Parameters
+    ----------
+    source_scale, target_scale
+        Mean and spread of each side.
+    recolouring
+        (D, D) matrix (C_s + I) ^ -1/2 (C_t + I) ^ 1/2 of the covariances of the scaled sides.
+    """
+
+    source_scale: StandardScaler
+    target_scale: StandardScaler
+    recolouring: NDArray[np.float64]
+
+    @classmethod
+    def fit(cls, source: NDArray[np.floating[Any]], target: NDArray[np.floating[Any]]) -> Self:
+        """Learn both covariances; no label takes part.
+
+        Parameters
+        ----------
+        source, target
+            (M, D) and (N, D) embeddings by one model.
+
+        Raises
+        ------
+        ValueError
+            When the number of features differs, a side has fewer than two rows or a feature is not finite.
+        """
+        sides = _finite_rows(source), _finite_rows(target)
+        for name, rows in zip(("source", "target"), sides, strict=True):
+            if len(rows) < 2:
+                raise ValueError(f"CORAL needs two rows or more of each side, the {name} has {len(rows)}")
+        if sides[0].shape[1] != sides[1].shape[1]:
+            raise ValueError(f"source {sides[0].shape} and target {sides[1].shape} must have the same features; use one model")
+        scales = [StandardScaler().fit(rows) for rows in sides]
+        covariances = [_covariance(scale.transform(rows)) for scale, rows in zip(scales, sides, strict=True)]
+        own, wanted = (covariance + CORAL_RIDGE * np.eye(len(covariance)) for covariance in covariances)
+        return cls(scales[0], scales[1], _power(*np.linalg.eigh(own), -0.5) @ _power(*np.linalg.eigh(wanted), 0.5))
+
+    def transform_source(self, features: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+        """Scale and re-colour features of the source.
+
+        Parameters
+        ----------
+        features
+            (N, D) embeddings.
+
+        Returns
+        -------
+        ndarray
+            (N, D) float32.
+
+        Raises
+        ------
+        ValueError
+            When the number of features is another than in `fit`, or a feature is not finite.
+        """
+        coloured: NDArray[np.float32] = (_scaled(self.source_scale, features) @ self.recolouring).astype(np.float32)
+        return coloured
+
+    def transform_target(self, features: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+        """Scale features of the target, which keep their colour; as `transform_source`."""
+        return _scaled(self.target_scale, features).astype(np.float32)
 
 
 def harmony(features: NDArray[np.floating[Any]], batches: NDArray[Any], *, seed: int, threads: int = 1) -> NDArray[np.float32]:
@@ -220,6 +333,26 @@ def _finite_rows(features: NDArray[Any]) -> NDArray[np.float64]:
     if not np.isfinite(rows).all():
         raise ValueError("features hold values that are not finite; the model that gave them has diverged")
     return rows
+
+
+def _covariance(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Covariance as (D, D), also of one feature."""
+    width = rows.shape[1]
+    return np.asarray(np.cov(rows, rowvar=False), dtype=np.float64).reshape(width, width)
+
+
+def _power(values: NDArray[np.float64], vectors: NDArray[np.float64], exponent: float) -> NDArray[np.float64]:
+    """Raise the symmetric matrix of some eigenvalues and eigenvectors to a power."""
+    return (vectors * values**exponent) @ vectors.T
+
+
+def _scaled(scale: StandardScaler, features: NDArray[Any]) -> NDArray[np.float64]:
+    """Scale (N, D) features, of the width that the scale was fitted to."""
+    rows = _finite_rows(features)
+    if rows.shape[1] != len(scale.mean_):
+        raise ValueError(f"features have {rows.shape[1]} columns, those of the fit had {len(scale.mean_)}; use the same model")
+    scaled: NDArray[np.float64] = scale.transform(rows)
+    return scaled
 
 
 def _check_names(what: str, names: NDArray[Any], rows: NDArray[np.float64]) -> None:

@@ -22,6 +22,8 @@ BATCH = UNIT_COLUMNS["batch"]
 OWN_ROW = "Metadata_Own_Row"
 RANDOM_RANKINGS = 10_000
 SIGNIFICANT = 0.05
+# Rows of the similarity matrix that are ranked at once.
+RANKED_AT_ONCE = 256
 
 
 def replicate_map(
@@ -77,6 +79,50 @@ def replicate_map(
     # Against controls, a negative pair differs in both columns: a treated well and a DMSO well.
     key = [COMPOUND, OWN_ROW] if against == "controls" else [COMPOUND]
     return _map(wells, rows[chosen], key, [BATCH], seed)
+
+
+def replicate_precision(profiles: NDArray[np.floating[Any]], compounds: NDArray[Any], batches: NDArray[Any]) -> float:
+    """Compute `map` of `replicate_map` against compounds and nothing else: fast enough to compare many settings by.
+
+    No list of pairs and no random rankings are made: the memory is that of 256 rows of the similarity matrix.
+
+    Parameters
+    ----------
+    profiles
+        (W, D) float32, one row per treated well; a zero row has no direction and is refused.
+    compounds
+        (W,) strings or integers.
+    batches
+        (W,) strings or integers; batches of two labs are to have two names.
+
+    Returns
+    -------
+    float
+        Mean over compounds of the mean average precision of their wells, from 0 to 1; wells without a replicate in another
+        batch are not scored.
+
+    Raises
+    ------
+    ValueError
+        When shapes disagree, a profile is zero or not finite, a well has no compound or batch, there is one compound only, or
+        none has wells in two batches.
+    """
+    rows = _check(profiles, pd.DataFrame({COMPOUND: compounds, BATCH: batches}), ())
+    (compound, names), (batch, _) = (pd.factorize(np.asarray(values)) for values in (compounds, batches))
+    if min(compound.min(), batch.min()) < 0:
+        raise ValueError("some wells lack their compound or batch; leave them out")
+    if len(names) < 2:
+        raise ValueError("there are no compounds to rank replicates against; give the profiles of all wells of the plates")
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    precision = np.full(len(unit), np.nan)
+    for start in range(0, len(unit), RANKED_AT_ONCE):
+        chunk = slice(start, start + RANKED_AT_ONCE)
+        same = compound[chunk, None] == compound
+        precision[chunk] = _average_precision(unit[chunk] @ unit.T, same & (batch[chunk, None] != batch), ~same)
+    scored = ~np.isnan(precision)
+    if not scored.any():
+        raise ValueError("no compound has wells in two batches; give the profiles of several batches")
+    return float(pd.Series(precision[scored]).groupby(compound[scored]).mean().mean())
 
 
 def moa_map(profiles: NDArray[np.floating[Any]], metadata: pd.DataFrame, *, seed: int) -> dict[str, float]:
@@ -140,6 +186,18 @@ def _map(metadata: pd.DataFrame, profiles: NDArray[np.float32], same: list[str],
         "compounds": len(compounds),
         "profiles": int((scored["n_pos_pairs"] > 0).sum()),
     }
+
+
+def _average_precision(
+    similarity: NDArray[np.float32], positive: NDArray[np.bool_], negative: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Average the precision at each positive of each row's ranking, (Q, W) to (Q,); NaN where there is none."""
+    order = np.argsort(np.where(positive | negative, -similarity, np.inf), axis=1, kind="stable")
+    hits = np.take_along_axis(positive, order, axis=1)
+    precision = np.cumsum(hits, axis=1) / np.arange(1, hits.shape[1] + 1)
+    count = hits.sum(axis=1)
+    total: NDArray[np.float64] = (precision * hits).sum(axis=1)
+    return np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
 
 
 def _check(profiles: NDArray[Any], metadata: pd.DataFrame, columns: tuple[str, ...]) -> NDArray[np.float32]:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from coda_ray.analysis.corrections import LinearProbe, Sphering, harmony
+from coda_ray.analysis.corrections import Coral, LinearProbe, Sphering, harmony, zscore_plates
 
 
 def correlated(rng, rows, width):
@@ -63,6 +63,62 @@ def test_sphering_with_fewer_controls_than_features_rests_on_the_regularisation(
     assert np.isfinite(Sphering.fit(controls).transform(rng.normal(size=(4, 12)))).all()
     with pytest.raises(ValueError, match="12 features without regularisation needs more than 12 controls, it has 5"):
         Sphering.fit(controls, regularisation=0.0)
+
+
+@pytest.mark.parametrize("reference", ["all", "some"])
+def test_plates_are_scaled_one_by_one_by_their_reference_images(reference):
+    rng = np.random.default_rng(7)
+    plates = rng.permutation(np.repeat(["s/b/p1", "s/b/p2", "t/b/p1"], [9, 12, 15]))
+    features = correlated(rng, 36, 5) + 50 * (plates == "s/b/p2")[:, None]
+    chosen = np.ones(36, bool) if reference == "all" else rng.random(36) < 0.5
+    found = zscore_plates(features, plates, chosen)
+    assert found.dtype == np.float32
+    for i in range(36):
+        own = [features[j] for j in range(36) if plates[j] == plates[i] and chosen[j]]
+        mean = sum(own) / len(own)
+        spread = np.sqrt(sum((row - mean) ** 2 for row in own) / len(own))
+        np.testing.assert_allclose(found[i], (features[i] - mean) / spread, rtol=1e-4, atol=1e-5)
+
+
+def test_a_feature_without_spread_on_a_plate_is_centred_alone():
+    rows = np.array([[3.1, 1.0], [3.1, 3.0], [3.1, 5.0], [4.1, 9.0]])
+    found = zscore_plates(rows, np.full(4, "p"), np.array([True, True, True, False]))
+    np.testing.assert_allclose(found[:, 0], [0, 0, 0, 1], atol=1e-6)
+    assert found[3, 1] > 3
+
+
+def root_written_out(matrix, exponent):
+    """A power of a symmetric matrix, eigenvector by eigenvector."""
+    values, vectors = np.linalg.eigh(matrix)
+    return sum(value**exponent * np.outer(vector, vector) for value, vector in zip(values, vectors.T, strict=True))
+
+
+@pytest.mark.parametrize("rows", [200, 4])
+def test_coral_gives_the_source_the_covariance_of_the_target(rows):
+    rng = np.random.default_rng(8)
+    source, target = correlated(rng, rows, 6), correlated(rng, rows + 3, 6) * 7
+    source[:, 2] = 5.0  # constant
+    coral = Coral.fit(source, target)
+    spread = source.std(axis=0)
+    spread[2] = 1
+    ours, theirs = (source - source.mean(axis=0)) / spread, (target - target.mean(axis=0)) / target.std(axis=0)
+    own, wanted = (np.cov(side.T) + np.eye(6) for side in (ours, theirs))
+    expected = ours @ root_written_out(own, -0.5) @ root_written_out(wanted, 0.5)
+    np.testing.assert_allclose(coral.transform_source(source), expected, atol=1e-4)
+    np.testing.assert_allclose(coral.transform_target(target), theirs, atol=1e-5)
+
+
+def test_coral_helps_a_classifier_where_the_target_is_mixed_otherwise():
+    rng = np.random.default_rng(9)
+    labels, mixing = np.arange(400) % 2, np.array([[1.0, 0.0], [0.9, 0.5]])
+    source, target = (rng.normal(size=(400, 2)) * [3.0, 0.3] + np.outer(labels, [0, 2]) for _ in range(2))
+    target = target @ mixing
+    coral = Coral.fit(source, target)
+
+    def right(ours, theirs):
+        return (LinearProbe.fit(ours, labels, 2).probabilities(theirs).argmax(axis=1) == labels).mean()
+
+    assert right(coral.transform_source(source), coral.transform_target(target)) > right(source, target) + 0.2
 
 
 def test_harmony_brings_batches_together_and_keeps_clusters_apart(capfd):
@@ -127,3 +183,13 @@ def test_wrong_input_is_refused():
         LinearProbe.fit(rows, np.array([0, 1, 2]), 2)
     with pytest.raises(ValueError, match="all labels are 1"):
         LinearProbe.fit(rows, np.array([1, 1, 1]), 2)
+    with pytest.raises(ValueError, match=r"plates \(2,\) and features \(3, 2\)"):
+        zscore_plates(rows, names[:2], np.ones(3, bool))
+    with pytest.raises(ValueError, match="plate a has 1 images to take its mean and spread from"):
+        zscore_plates(rows, names, np.ones(3, bool))
+    with pytest.raises(ValueError, match="the target has 1"):
+        Coral.fit(rows, rows[:1])
+    with pytest.raises(ValueError, match="must have the same features"):
+        Coral.fit(rows, np.ones((3, 3)))
+    with pytest.raises(ValueError, match="features have 3 columns, those of the fit had 2"):
+        Coral.fit(rows, rows).transform_target(np.ones((3, 3)))

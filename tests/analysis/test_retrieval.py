@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from coda_ray.analysis.retrieval import moa_map, replicate_map
+from coda_ray.analysis import retrieval
+from coda_ray.analysis.retrieval import moa_map, replicate_map, replicate_precision
 
 
 def cosine(a, b):
@@ -69,6 +70,16 @@ def test_replicate_map_equals_sorting_by_hand(plate_set, against):
     assert found["map"] == pytest.approx(mean_over_groups(scores), abs=1e-6)
     assert found["normalized_map"] == pytest.approx(mean_over_groups(normalized), abs=1e-6)
     assert (found["compounds"], found["profiles"]) == (4, number) == (4, 21)
+
+
+@pytest.mark.parametrize("at_once", [5, 256])
+def test_replicate_precision_is_the_map_against_compounds(plate_set, monkeypatch, at_once):
+    monkeypatch.setattr(retrieval, "RANKED_AT_ONCE", at_once)
+    profiles, frame = plate_set
+    treated = ~frame["Metadata_Control"].isin(["negcon", "empty"]).to_numpy()
+    wells = (frame.loc[treated, name].to_numpy() for name in ("Metadata_JCP2022", "Metadata_Batch"))
+    whole = replicate_map(profiles, frame, against="compounds", seed=0)
+    assert replicate_precision(profiles[treated], *wells) == pytest.approx(whole["map"], abs=1e-6)
 
 
 def test_moa_map_ranks_the_medians_of_compounds(plate_set):
@@ -137,3 +148,12 @@ def test_wrong_input_is_refused(plate_set):
         moa_map(profiles, frame.assign(Metadata_MoA=np.where(one & (frame["Metadata_Batch"] == "b1"), "y", "x")), seed=0)
     with pytest.raises(ValueError, match="1 compounds of 1 mechanisms"):
         moa_map(profiles[one], frame[one], seed=0)
+    compounds, batches = np.array(["x", "x", "y"]), np.array(["b1", "b2", "b1"])
+    with pytest.raises(ValueError, match="row of zeros"):
+        replicate_precision(0 * profiles[:3], compounds, batches)
+    with pytest.raises(ValueError, match="lack their compound or batch"):
+        replicate_precision(profiles[:3], np.array(["x", None, "y"]), batches)
+    with pytest.raises(ValueError, match="no compounds to rank"):
+        replicate_precision(profiles[:2], compounds[:2], batches[:2])
+    with pytest.raises(ValueError, match="two batches"):
+        replicate_precision(profiles[:3], compounds, np.full(3, "b1"))

@@ -180,8 +180,11 @@ class CollapseGuard:
     ----------
     out_dim
         Prototypes, K.
+    kinds
+        How many kinds of images the samples are known to come from (compounds); 2 at least are taken for granted.
     floor
-        Collapsed to one prototype: entropy of the mean output below this share of ln K.
+        Collapsed to few prototypes: entropy of the mean output below this share of ln N, where N is the least of kinds, samples
+        of a step and K. A teacher that told each kind from the others would reach ln N, and with soft outputs more.
     ceiling
         Collapsed to the uniform output: mean entropy per sample above this share of ln K. Small networks
         start there and may stay for hundreds of steps, hence `patience`; 1 or more turns this check off.
@@ -197,6 +200,7 @@ class CollapseGuard:
         self,
         out_dim: int,
         *,
+        kinds: int,
         floor: float,
         ceiling: float,
         patience: int,
@@ -205,7 +209,8 @@ class CollapseGuard:
     ) -> None:
         if action not in ("stop", "warn", "off"):
             raise ValueError(f"dino.collapse = {action!r}: choose stop, warn or off")
-        self.scale = math.log(out_dim)
+        self.out_dim = out_dim
+        self.kinds = max(2, kinds)
         self.floor = floor
         self.ceiling = ceiling
         self.patience = patience
@@ -213,15 +218,15 @@ class CollapseGuard:
         self.section = section
         self.spell = 0
 
-    def watch(self, step: int, per_sample: float, of_mean: float) -> None:
-        """Take the two entropies of `teacher_entropy` (nats) at a step.
+    def watch(self, step: int, per_sample: float, of_mean: float, samples: int) -> None:
+        """Take the two entropies of `teacher_entropy` (nats) at a step, and the number of samples that they are of.
 
         Raises
         ------
         CollapseError
             With action `stop`, after `patience` points out of bounds in a row.
         """
-        fault = self._fault(per_sample, of_mean)
+        fault = self._fault(per_sample, of_mean, samples)
         self.spell = self.spell + 1 if fault else 0
         if fault is None or self.spell < self.patience or self.action == "off":
             return
@@ -231,18 +236,20 @@ class CollapseGuard:
         if self.spell == self.patience:
             log.warning(message)
 
-    def _fault(self, per_sample: float, of_mean: float) -> str | None:
+    def _fault(self, per_sample: float, of_mean: float, samples: int) -> str | None:
         """Name what is out of bounds, with a remedy."""
         if not (math.isfinite(per_sample) and math.isfinite(of_mean)):
             return f"its entropy is {per_sample} (of the mean output {of_mean}); lower the learning rate"
-        if of_mean < self.floor * self.scale:
+        floor = self.floor * math.log(min(self.kinds, samples, self.out_dim))
+        if of_mean < floor:
             return (
-                f"all samples fall on few prototypes (entropy of the mean output {of_mean:.4f} nats, floor "
-                f"{self.floor * self.scale:.4f}); raise {self.section}.teacher_temperature, or take Sinkhorn centering"
+                f"all samples fall on few prototypes (entropy of the mean output {of_mean:.4f} nats, floor {floor:.4f}); "
+                f"raise {self.section}.teacher_temperature, or take Sinkhorn centering"
             )
-        if self.ceiling < 1 and per_sample > self.ceiling * self.scale:
+        ceiling = self.ceiling * math.log(self.out_dim)
+        if self.ceiling < 1 and per_sample > ceiling:
             return (
-                f"its outputs are uniform ({per_sample:.4f} nats, ceiling {self.ceiling * self.scale:.4f}); "
+                f"its outputs are uniform ({per_sample:.4f} nats, ceiling {ceiling:.4f}); "
                 f"lower {self.section}.teacher_temperature or raise the learning rate"
             )
         return None

@@ -80,11 +80,12 @@ def mae_objective(config: Config, *, channels: int, seed: int) -> MaeObjective:
     return MaeObjective(masked_autoencoder(config, channels=channels), recipe=recipe(config), seed=seed)
 
 
-def collapse_guard(config: Config, *, section: str) -> CollapseGuard:
-    """Build the guard of the teacher's entropy; its advice names a section of the configuration."""
+def collapse_guard(config: Config, *, compounds: int, section: str) -> CollapseGuard:
+    """Build the guard of the teacher's entropy over images of some compounds; its advice names a section of the configuration."""
     dino = config.dino
     return CollapseGuard(
         dino.out_dim,
+        kinds=compounds,
         floor=dino.collapse_floor,
         ceiling=dino.collapse_ceiling,
         patience=dino.collapse_patience,

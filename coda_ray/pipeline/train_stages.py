@@ -26,7 +26,7 @@ from coda_ray.pipeline.stage import Stage, Workload, settings_of
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.plan import SamplePlan
 from coda_ray.tiles.reader import TileSource
-from coda_ray.tiles.store import TileIndex
+from coda_ray.tiles.store import COMPOUND, TileIndex
 from coda_ray.tracking.table import OF_SPLIT
 from coda_ray.training.checkpoints import read_tensors
 from coda_ray.training.infer import gather, infer
@@ -328,7 +328,8 @@ def self_supervised_work(
         learner = networks.dino_objective(settings, channels=channels, steps=steps, steps_per_epoch=epoch, seed=seed)
         chosen = learner.student if config.dino.extractor == "student" else learner.teacher
         watched = chosen.backbone
-        guard = networks.collapse_guard(config, section="dino" if start is None else "adapt.dino")
+        compounds = tiles.anchored().frame[COMPOUND].nunique()
+        guard = networks.collapse_guard(config, compounds=compounds, section="dino" if start is None else "adapt.dino")
     if start is not None:
         learner.warm_start(stage_tensors(config, start))
     source = tiles.source(seed=seed, crop=config.views.tile_crop, pairs=config.dino.pairs if pairs else None)

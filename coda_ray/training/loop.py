@@ -165,6 +165,8 @@ class _Worker:
         self.since = time.monotonic()
         self.images = 0
         self.replaced = 0
+        low, high = share_of(self.rank, self.world, settings.minibatch)
+        self.samples = high - low
 
     def train(self) -> dict[str, Any]:
         """Run from the newest checkpoint to the end."""
@@ -214,10 +216,9 @@ class _Worker:
         torch.manual_seed((run.seed * 1_000_003 + step) * 4099 + self.rank)
         with self.precision.autocast():
             loss, metrics = self.objective.loss(self.network, tensors, step)
-        low, high = share_of(self.rank, self.world, settings.minibatch)
         self.optimizer.zero_grad(set_to_none=True)
         # Shares of a mini-batch may differ by one sample; the average over workers must not notice.
-        (loss * ((high - low) * self.world / settings.minibatch)).backward()
+        (loss * (self.samples * self.world / settings.minibatch)).backward()
         self.objective.before_update(step)
         norm = nn.utils.clip_grad_norm_(self.trainable, settings.clip)
         self.optimizer.step()
@@ -259,7 +260,7 @@ class _Worker:
                 )
         # Points that scoring and pausing add are no part of the run, so the guard's patience must not count them.
         if self.work.guard is not None and self.step % self.run.train.log_every == 0:
-            self.work.guard.watch(self.step, point["entropy"], point["entropy_of_mean"])
+            self.work.guard.watch(self.step, point["entropy"], point["entropy_of_mean"], self.samples)
         if self.rank == 0:
             time_ms = int(time.time() * 1000)
             self.history.append({"step": self.step, "time_ms": time_ms, **point})

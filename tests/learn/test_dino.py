@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from coda_ray.learn.dino import CollapseError, CollapseGuard, DinoLoss, koleo, sinkhorn, teacher_entropy
 
@@ -179,12 +180,12 @@ def test_loss_less_entropy_is_the_divergence_from_the_student() -> None:
 
 
 def _guard(action: str, ceiling: float = 0.99) -> CollapseGuard:
-    return CollapseGuard(K, floor=0.1, ceiling=ceiling, patience=3, action=action)  # type: ignore[arg-type]
+    return CollapseGuard(K, kinds=12, floor=0.7, ceiling=ceiling, patience=3, action=action)  # type: ignore[arg-type]
 
 
-HEALTHY = (0.5, 3.0)
-ONE_PROTOTYPE = (0.01, 0.02)
-UNIFORM = (math.log(K), math.log(K))
+HEALTHY = (0.5, 3.0, B)
+ONE_PROTOTYPE = (0.01, 0.02, B)
+UNIFORM = (math.log(K), math.log(K), B)
 
 
 @pytest.mark.parametrize(
@@ -192,10 +193,10 @@ UNIFORM = (math.log(K), math.log(K))
     [
         (ONE_PROTOTYPE, "few prototypes"),
         (UNIFORM, "outputs are uniform"),
-        ((math.nan, math.nan), "lower the learning rate"),
+        ((math.nan, math.nan, B), "lower the learning rate"),
     ],
 )
-def test_guard_stops_after_its_patience(point: tuple[float, float], said: str) -> None:
+def test_guard_stops_after_its_patience(point: tuple[float, float, int], said: str) -> None:
     guard = _guard("stop")
     guard.watch(0, *point)
     guard.watch(1, *point)
@@ -204,10 +205,44 @@ def test_guard_stops_after_its_patience(point: tuple[float, float], said: str) -
 
 
 @pytest.mark.parametrize("point", [ONE_PROTOTYPE, UNIFORM])
-def test_the_advice_names_the_section_that_is_used(point: tuple[float, float]) -> None:
-    guard = CollapseGuard(K, floor=0.1, ceiling=0.99, patience=1, action="stop", section="adapt.dino")
+def test_the_advice_names_the_section_that_is_used(point: tuple[float, float, int]) -> None:
+    guard = CollapseGuard(K, kinds=12, floor=0.7, ceiling=0.99, patience=1, action="stop", section="adapt.dino")
     with pytest.raises(CollapseError, match=r" adapt\.dino\.teacher_temperature"):
         guard.watch(0, *point)
+
+
+@pytest.mark.parametrize(
+    ("prototypes", "samples", "kinds", "acts"),
+    [
+        # The paper: 4096 prototypes, 135 compounds or, with the controls, 302; mini-batches of 128, or 64 for a batch or a plate.
+        (1, 128, 302, True),
+        (2, 128, 302, True),
+        (4, 128, 302, True),
+        (16, 128, 302, True),
+        (16, 128, 135, True),
+        (16, 64, 135, True),
+        (54, 128, 135, False),  # one for each mechanism
+        (54, 64, 135, False),
+        (135, 128, 135, False),
+        # The demo: 31 compounds of 10 mechanisms.
+        (4, 32, 31, True),
+        (20, 32, 31, False),
+        # Nothing is known of what the images are.
+        (1, 128, 0, True),
+        (2, 128, 0, False),
+    ],
+)
+def test_guard_sees_samples_that_fall_on_few_of_4096_prototypes(prototypes: int, samples: int, kinds: int, acts: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Each image falls on one of them, its two views alike.
+    fallen = torch.randint(prototypes, (samples,), generator=generator).repeat(2)
+    per_sample, of_mean = map(float, teacher_entropy(one_hot(fallen, 4096).float()))
+    guard = CollapseGuard(4096, kinds=kinds, floor=0.7, ceiling=0.999, patience=1, action="stop")
+    if not acts:
+        guard.watch(0, per_sample, of_mean, samples)
+        return
+    with pytest.raises(CollapseError, match="few prototypes"):
+        guard.watch(0, per_sample, of_mean, samples)
 
 
 def test_a_healthy_point_ends_the_spell() -> None:
@@ -228,7 +263,7 @@ def test_guard_can_be_off_and_its_ceiling_too(caplog: pytest.LogCaptureFixture) 
     off, no_ceiling = _guard("off"), _guard("stop", ceiling=1.0)
     for step in range(10):
         off.watch(step, *ONE_PROTOTYPE)
-        no_ceiling.watch(step, math.log(K) * (1 + 1e-6), math.log(K))
+        no_ceiling.watch(step, math.log(K) * (1 + 1e-6), math.log(K), B)
     assert not caplog.records
 
 

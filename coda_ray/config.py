@@ -94,6 +94,8 @@ def _check_endpoint(value: str) -> str:
 
 # Type of the error whose message does not repeat the value: what is refused must not be shown either.
 _KEYS = "keys"
+# What pydantic adds to the name of a field that may have several types.
+_TYPE = re.compile(r"int|str|(constrained-)?float|literal\[.*")
 
 
 def _keys_found() -> PydanticCustomError:
@@ -586,12 +588,18 @@ class Shot(Section):
 
 
 class Baselines(Section):
-    """What trains nothing, or next to nothing, on the target: probe, standardise, sphering, harmony, tent."""
+    """What trains nothing, or next to nothing, on the target: probe, standardise, sphering, coral, harmony, tent."""
 
     model: UnadaptedMethod = "dual-cb"
     """The unadapted model that they start from."""
-    sphering_epsilon: float = Field(1e-2, gt=0)
-    """Added to each eigenvalue of the controls' covariance, as a share of the mean eigenvalue."""
+    zscore: Literal["all", "dmso", "none"] = "all"
+    """sphering, coral: features are first brought to mean 0 and standard deviation 1, plate by plate, of all its images or of
+    those of its DMSO wells."""
+    sphering: Literal["joint", "apart"] = "joint"
+    """One whitening, fitted on the DMSO wells of source and unit together, or one for each."""
+    sphering_epsilon: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    """Added to each eigenvalue of the controls' covariance, as a share of the mean eigenvalue. `auto`: that of six, from 0.001 to
+    100, by which wells of source and unit retrieve their compound in other batches best; it reads the plate map, no label."""
 
 
 class Train(Section):
@@ -1148,7 +1156,8 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One line per wrong field: name, value, what is expected, how to give it."""
     lines = []
     for problem in error.errors(include_url=False):
-        path = [part for part in problem["loc"] if isinstance(part, str) and part not in ("int", "str")]
+        # A field of several types has a line for each; which one it was is no part of its name.
+        path = [part for part in problem["loc"] if isinstance(part, str) and not _TYPE.fullmatch(part)]
         name = ".".join(path) or "config"
         option = f"--{name.replace('_', '-')}"
         message = problem["msg"].removeprefix("Value error, ")

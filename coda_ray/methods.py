@@ -209,6 +209,7 @@ ROWS: tuple[MethodRow, ...] = (
     MethodRow("probe", Style("sky", "<")),
     MethodRow("standardise", Style("sky", ">", "xx")),
     MethodRow("sphering", Style("sky", "8", "---"), per_unit=True, section="baselines", rivals=("probe",)),
+    MethodRow("coral", Style("sky", "$C$", "..."), per_unit=True, section="baselines", rivals=("probe", "sphering")),
     MethodRow(
         "harmony",
         Style("pink", "+", "+++"),

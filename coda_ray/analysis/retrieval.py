@@ -196,8 +196,9 @@ def _average_precision(
     hits = np.take_along_axis(positive, order, axis=1)
     precision = np.cumsum(hits, axis=1) / np.arange(1, hits.shape[1] + 1)
     count = hits.sum(axis=1)
-    total: NDArray[np.float64] = (precision * hits).sum(axis=1)
-    return np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
+    average: NDArray[np.float64] = np.full(len(count), np.nan)
+    np.divide((precision * hits).sum(axis=1), count, out=average, where=count > 0)
+    return average
 
 
 def _check(profiles: NDArray[Any], metadata: pd.DataFrame, columns: tuple[str, ...]) -> NDArray[np.float32]:

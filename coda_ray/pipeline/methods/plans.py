@@ -90,6 +90,7 @@ TREATED: dict[Method, Treat] = {
     "probe": partial(_correct, "probe"),
     "standardise": _standardise,
     "sphering": partial(_correct, "sphering"),
+    "coral": partial(_correct, "coral"),
     "harmony": partial(_correct, "harmony"),
 }
 

@@ -204,7 +204,13 @@ def _check_duration(value: int | str) -> int | str:
     return int(amount) if in_steps else value.strip()
 
 
+def _check_interval(value: int | str) -> int | str:
+    """Spell never, which is 0, in one way."""
+    return value if float(str(value).split()[0]) else 0
+
+
 Duration = Annotated[int | str, AfterValidator(_check_duration)]
+Interval = Annotated[Duration, AfterValidator(_check_interval)]
 
 
 def steps_of(duration: int | str, steps_per_epoch: int) -> int:
@@ -453,6 +459,14 @@ class Optimisation(Section):
     """Largest global norm of the gradient."""
 
 
+class Pretrain(Optimisation):
+    """The label-free stage on the source: the feature extractor learns."""
+
+    select: Literal["last", "best-knn"] = "last"
+    """Which weights are kept: the last, or (released code) those of the best k-NN score of the source's held-out plate, which
+    train.knn_every asks for; source labels choose then."""
+
+
 class Classify(Optimisation):
     """The labelled stage on the source: the supervised model, or the classifier of a dual model."""
 
@@ -462,14 +476,26 @@ class Classify(Optimisation):
     """Linear warm-up."""
     lr_end: float = Field(1e-4, ge=0)
     """Learning rate at the last step; equal to lr it stays constant, as in the released configuration."""
+    schedule: Literal["cosine", "plateau"] = "cosine"
+    """After the warm-up: cosine from lr to lr_end; or plateau, the paper's text: lr, lowered by ten whenever loss and accuracy on
+    the source's held-out plate both stand still (lr_end is not read)."""
+    plateau_patience: int = Field(2, ge=0)
+    """With schedule=plateau: how many scores on the held-out plate in a row may bring neither a better loss nor accuracy;
+    one more lowers the rate."""
     weight_decay_end: float = Field(1e-5, ge=0)
     """Weight decay at the last step (cosine)."""
     select: Literal["best", "last"] = "best"
     """Which weights are kept: best accuracy on the source's held-out plate, or the last."""
-    validate_every: int = Field(200, ge=1)
-    """Steps between scores on the held-out plate."""
+    validate_every: Interval = 200
+    """Between scores on the held-out plate: steps, or `N epochs`."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth of the network that is trained."""
+
+    @model_validator(mode="after")
+    def _validated(self) -> Self:
+        if not self.validate_every:
+            raise ValueError("classify.validate_every = 0: give a number of steps, or of epochs, between scores")
+        return self
 
 
 class AdaptDino(Section):
@@ -619,8 +645,8 @@ class Train(Section):
     """Steps between checkpoints."""
     log_every: int = Field(20, ge=1)
     """Steps between log points."""
-    knn_every: int = Field(0, ge=0)
-    """Steps between k-NN scores of the teacher in pre-training (source labels); 0 turns them off."""
+    knn_every: Interval = 0
+    """Between k-NN scores of the teacher in pre-training (source labels): steps, or `N epochs`; 0 turns them off."""
     max_failures: int = Field(3, ge=0)
     """How often a group of workers starts again, from its newest checkpoint, after one of them was lost or failed."""
 
@@ -904,7 +930,7 @@ class Config(Section):
     """DINO."""
     mae: Mae = Mae()
     """Masked autoencoder (methods dual-mae, oda-mae, ttt)."""
-    pretrain: Optimisation = Optimisation()
+    pretrain: Pretrain = Pretrain()
     """Self-supervised pre-training on the source."""
     classify: Classify = Classify()
     """Labelled training on the source."""
@@ -960,6 +986,12 @@ class Config(Section):
         for name in ("size_global", "size_local"):
             if getattr(self.views, name) % patch:
                 raise ValueError(f"views.{name} = {getattr(self.views, name)} is no multiple of the model's patch of {patch} px")
+        return self
+
+    @model_validator(mode="after")
+    def _scores_to_select_by(self) -> Self:
+        if self.pretrain.select == "best-knn" and not self.train.knn_every:
+            raise ValueError("pretrain.select = best-knn needs train.knn_every: give the steps, or epochs, between k-NN scores")
         return self
 
     @model_validator(mode="after")

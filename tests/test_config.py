@@ -50,6 +50,11 @@ def test_a_dumped_config_reads_back(tmp_path):
         (["--pretrain.steps", "inf steps"], r"pretrain\.steps = 'inf steps': give a number"),
         (["--pretrain.steps", "nan epochs"], r"pretrain\.steps = 'nan epochs': give a number"),
         (["--pretrain.steps", "400.7 steps"], r"pretrain\.steps = '400\.7 steps': give a number"),
+        (
+            ["--pretrain.select", "best-knn", "--train.knn-every", "0 epochs"],
+            r"pretrain\.select = best-knn needs train\.knn_every",
+        ),
+        (["--classify.validate-every", "0"], r"classify\.validate_every = 0: give a number of steps"),
         (["--views.size-local", "500"], r"size_local <= size_global <= tile_crop"),
         (["--views.size-local", "90"], r"views\.size_local = 90 is no multiple of the model's patch of 16 px"),
         (["--train.workers", "two"], r"train\.workers = 'two'"),

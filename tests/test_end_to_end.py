@@ -86,6 +86,7 @@ def test_the_papers_settings_run_at_full_size(job, tiny_bucket, tmp_path):
     config |= {"held_out": {}, "evaluate": {"minibatch": 16, "profiles": False}, "tracking": {"enabled": False}}
     for stage in ("pretrain", "classify", "adapt"):
         config[stage] = {**config[stage], "steps": 2, "minibatch": 2, "warmup": 1}
+    config["pretrain"]["select"] = "last"
     config["dino"] |= {"teacher_temperature_ramp": 1, "freeze_last_layer": 1}
     config["train"] |= {"cpus_per_worker": 1, "gpus_per_worker": 0, "threads": 1, "knn_every": 0, "log_every": 1}
     file = tmp_path / "paper.yaml"

@@ -1,6 +1,10 @@
 """Schedules as pure functions of the step, so that a resumed run continues them exactly."""
 
 import math
+from dataclasses import dataclass
+
+# Of torch.optim.lr_scheduler.ReduceLROnPlateau.
+PLATEAU_THRESHOLD = 1e-4
 
 
 def warmup_cosine(step: int, total: int, warmup: int, start: float, peak: float, end: float) -> float:
@@ -37,3 +41,40 @@ def linear_then_constant(step: int, ramp: int, start: float, end: float) -> floa
     if step >= ramp:
         return end
     return start + (end - start) * step / ramp
+
+
+@dataclass
+class Plateau:
+    """Lower the learning rate by ten whenever a validation loss and an accuracy both stand still.
+
+    What torch's ReduceLROnPlateau does by one score, with its threshold: relative, 1e-4.
+
+    Parameters
+    ----------
+    patience
+        How many validations in a row may pass without a better loss or accuracy; the next such one lowers the rate.
+    share
+        Of the learning rate that is used now.
+    stale
+        Validations since the last better score, or since the rate was lowered.
+    loss, accuracy
+        The best so far; None before the first validation.
+    """
+
+    patience: int
+    share: float = 1.0
+    stale: int = 0
+    loss: float | None = None
+    accuracy: float | None = None
+
+    def watch(self, loss: float, accuracy: float) -> None:
+        """Take the scores of a validation."""
+        lower = self.loss is None or loss < self.loss * (1 - PLATEAU_THRESHOLD)
+        higher = self.accuracy is None or accuracy > self.accuracy * (1 + PLATEAU_THRESHOLD)
+        if lower:
+            self.loss = loss
+        if higher:
+            self.accuracy = accuracy
+        self.stale = 0 if lower or higher else self.stale + 1
+        if self.stale > self.patience:
+            self.share, self.stale = self.share / 10, 0

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
+from torch.nn.functional import cross_entropy
 
 from coda_ray.analysis.knn import knn_accuracy
 from coda_ray.config import Config, Dino, Optimisation, pool_of, steps_of
@@ -18,6 +19,7 @@ from coda_ray.learn.dual import DualModel
 from coda_ray.learn.mae import MaeObjective, MaskedAutoencoder
 from coda_ray.learn.objectives import DinoObjective, SupervisedObjective
 from coda_ray.learn.precision import Precision
+from coda_ray.learn.schedules import Plateau
 from coda_ray.learn.supervised import SupervisedModel
 from coda_ray.learn.vit import SHIPPED, tokens
 from coda_ray.methods import Loss, model_with, trained_by
@@ -66,6 +68,9 @@ def pretrain(config: Config, source: str, *, objective: Loss, seed: int) -> Stag
         "objective": objective,
         "tiles": tiles.fingerprints,
     }
+    if config.pretrain.select == "best-knn":
+        known = (data.training_tiles(config, source).labelled(), data.labelled_held_out(config, source))
+        inputs |= {"knn_every": config.train.knn_every, "scored_by": [index.fingerprint for index in known]}
     title = f"pretrain {objective} on {source}, {named(config, seed)}"
     epoch = len(tiles.anchors) // config.pretrain.minibatch
     pairs = objective == "dino-cb"
@@ -91,8 +96,11 @@ def classify(config: Config, source: str, *, seed: int, extractor: Stage | None)
     """
     index = data.training_tiles(config, source).labelled()
     classes = data.classes_of(config, source)
+    optimisation = config.classify
+    if optimisation.schedule == "plateau":  # which lowers a constant rate
+        optimisation = optimisation.model_copy(update={"lr_end": optimisation.lr})
     inputs = {
-        **training_inputs(config, config.classify, seed),
+        **training_inputs(config, optimisation, seed),
         "source": source,
         "tiles": index.fingerprint,
         "held_out": data.labelled_held_out(config, source).fingerprint,
@@ -101,10 +109,11 @@ def classify(config: Config, source: str, *, seed: int, extractor: Stage | None)
     inputs |= extractor_input(config, extractor)
     model = model_with(extractor.inputs["objective"] if extractor else None).name
     title = f"classify {model} on {source}, {named(config, seed)}"
-    epoch = len(index) // config.classify.minibatch
-    build = partial(_classify_work, config, source, index.fingerprint, classes, seed, extractor)
-    make = partial(make_run, config, config.classify, epoch, seed, title, build)
-    workload = training_workload("supervised", index, config.classify, epoch)
+    epoch = len(index) // optimisation.minibatch
+    every = max(1, steps_of(optimisation.validate_every, max(1, epoch)))
+    build = partial(_classify_work, config, source, index.fingerprint, classes, every, seed, extractor)
+    make = partial(make_run, config, optimisation, epoch, seed, title, build)
+    workload = training_workload("supervised", index, optimisation, epoch)
     return Stage("classify", title, inputs, make, (extractor,) if extractor else (), workload)
 
 
@@ -335,7 +344,9 @@ def self_supervised_work(
     source = tiles.source(seed=seed, crop=config.views.tile_crop, pairs=config.dino.pairs if pairs else None)
     monitor = None
     if monitored and config.train.knn_every:
-        monitor = Monitor(config.train.knn_every, partial(_knn, config, monitored, watched))
+        every = max(1, steps_of(config.train.knn_every, epoch))
+        select = "knn" if config.pretrain.select == "best-knn" else None
+        monitor = Monitor(every, partial(_knn, config, monitored, watched), select)
     return Work(learner, source, guard, monitor)
 
 
@@ -358,8 +369,10 @@ def _knn(config: Config, source: str, vit: VisionTransformer, device: torch.devi
     return {"knn": knn_accuracy(bank, bank_labels, queries, labels, k=KNN_NEIGHBOURS)}
 
 
-def _classify_work(config: Config, source: str, fingerprint: str, classes: list[str], seed: int, extractor: Stage | None) -> Work:
-    """Build the labelled stage on the worker."""
+def _classify_work(
+    config: Config, source: str, fingerprint: str, classes: list[str], every: int, seed: int, extractor: Stage | None
+) -> Work:
+    """Build the labelled stage on the worker, with a score every so many steps."""
     index = data.training_tiles(config, source).labelled()
     if index.fingerprint != fingerprint:
         raise data.DataError(f"the tiles of {source} have changed since this job was planned; start it again")
@@ -369,7 +382,7 @@ def _classify_work(config: Config, source: str, fingerprint: str, classes: list[
     plan = SamplePlan(seed, data.unlabelled(index).anchors)
     labels = data.label_codes(index, classes)
     monitor = Monitor(
-        config.classify.validate_every,
+        every,
         partial(_validate, config, data.labelled_held_out(config, source), classes, model),
         select="held_out_accuracy" if config.classify.select == "best" else None,
     )
@@ -377,6 +390,7 @@ def _classify_work(config: Config, source: str, fingerprint: str, classes: list[
         SupervisedObjective(model, recipe=networks.recipe(config), seed=seed),
         TileSource(index, plan, config.views.tile_crop, labels),
         monitor=monitor,
+        plateau=Plateau(config.classify.plateau_patience) if config.classify.schedule == "plateau" else None,
     )
 
 
@@ -399,4 +413,5 @@ def _validate(
         )
     )
     labels = data.label_codes(index, classes)[found.rows]
-    return {"held_out_accuracy": float((found.values.argmax(1) == labels).mean())}
+    loss = cross_entropy(torch.from_numpy(found.values), torch.from_numpy(labels))
+    return {"held_out_accuracy": float((found.values.argmax(1) == labels).mean()), "held_out_loss": float(loss)}

@@ -9,13 +9,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import pyarrow as pa
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from coda_ray.config import Optimisation, Stream, Train
@@ -23,7 +24,7 @@ from coda_ray.learn.dino import CollapseGuard
 from coda_ray.learn.objectives import Objective
 from coda_ray.learn.optim import build_optimizer, set_rates
 from coda_ray.learn.precision import Precision, choose_precision
-from coda_ray.learn.schedules import cosine, warmup_cosine
+from coda_ray.learn.schedules import Plateau, cosine, warmup_cosine
 from coda_ray.storage import Folder
 from coda_ray.tiles.plan import share_of
 from coda_ray.tiles.reader import TileSource
@@ -70,12 +71,15 @@ class Work:
         Watches the teacher's entropy.
     monitor
         Scores.
+    plateau
+        Lowers the learning rate by the monitor's `held_out_loss` and `held_out_accuracy`.
     """
 
     objective: Objective
     source: TileSource
     guard: CollapseGuard | None = None
     monitor: Monitor | None = None
+    plateau: Plateau | None = None
 
 
 @dataclass(frozen=True)
@@ -161,12 +165,12 @@ class _Worker:
         self.best: dict[str, Any] = {}
         self.best_tensors: dict[str, Tensor] = {}
         self.end = min(run.steps, run.until or run.steps)
+        low, high = share_of(self.rank, self.world, settings.minibatch)
+        self.samples = high - low
         self.saved = run.checkpoints or run.folder
         self.since = time.monotonic()
         self.images = 0
         self.replaced = 0
-        low, high = share_of(self.rank, self.world, settings.minibatch)
-        self.samples = high - low
 
     def train(self) -> dict[str, Any]:
         """Run from the newest checkpoint to the end."""
@@ -191,6 +195,8 @@ class _Worker:
             scores = self._score() if scoring and self.rank == 0 else {}
             if self.step % run.train.log_every == 0 or last or scoring:
                 self._log({**metrics, **scores})
+            if scoring:
+                self._share_rate()
             if self.step % run.train.checkpoint_every == 0 and not last:
                 self._checkpoint()
         if self.saved is not run.folder:
@@ -210,6 +216,8 @@ class _Worker:
         run, step = self.run, self.step
         settings = run.optimisation
         lr = warmup_cosine(step, run.steps, run.warmup, settings.lr_start, settings.lr, settings.lr_end)
+        if self.work.plateau is not None:
+            lr *= self.work.plateau.share
         decay = cosine(step, run.steps, settings.weight_decay, settings.weight_decay_end)
         set_rates(self.optimizer, lr=lr, weight_decay=decay)
         # Stochastic depth follows the step, so that a resumed run drops the same paths.
@@ -241,7 +249,17 @@ class _Worker:
         if monitor.select and scores[monitor.select] > self.best.get("score", -1.0):
             self.best = {"score": scores[monitor.select], "step": self.step}
             self.best_tensors = {k: v.detach().cpu().clone() for k, v in self.objective.state_dict().items()}
+        if self.work.plateau is not None:
+            self.work.plateau.watch(scores["held_out_loss"], scores["held_out_accuracy"])
         return scores
+
+    def _share_rate(self) -> None:
+        """Tell every rank the learning rate that rank 0, which alone scores, has come to."""
+        if self.work.plateau is None or self.world == 1:
+            return
+        share = torch.tensor(self.work.plateau.share, dtype=torch.float64, device=self.device)
+        dist.broadcast(share, 0)
+        self.work.plateau.share = float(share)
 
     def _log(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Write a log point: history, log line, live report, Ray."""
@@ -283,6 +301,8 @@ class _Worker:
         facts = {"history": self.history, "best": self.best, "seconds": self.seconds, "replaced": self.replaced}
         if self.work.guard is not None:
             facts["spell"] = self.work.guard.spell
+        if self.work.plateau is not None:
+            facts["plateau"] = asdict(self.work.plateau)
         checkpoints.save(self.saved, Checkpoint(self.step, tensors, facts))
 
     def _restore(self) -> None:
@@ -302,6 +322,8 @@ class _Worker:
         self.replaced = checkpoint.facts["replaced"]
         if self.work.guard is not None:
             self.work.guard.spell = checkpoint.facts["spell"]
+        if self.work.plateau is not None:
+            self.work.plateau = Plateau(**checkpoint.facts["plateau"])
 
     def _finish(self) -> dict[str, Any]:
         """Write the result, `done.json` last."""

@@ -1,16 +1,18 @@
 """The worker loop on real Ray: what is broken off continues, to the bit."""
 
+import io
 import json
 import os
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from ray import cloudpickle
 
 from coda_ray.pipeline.methods.continued import adapt
-from coda_ray.pipeline.train_stages import classify, pretrain
+from coda_ray.pipeline.train_stages import classify, paused, pretrain
 from coda_ray.storage import open_place
 from coda_ray.training.checkpoints import read_tensors
 from synthetic import model_on, small_config, write_tiles
@@ -23,6 +25,10 @@ def weights_of(config, stage):
     results = open_place(config.results)
     facts = stage.facts(results)
     return read_tensors(results.child(stage.path), "model.safetensors", facts["sha256"])
+
+
+def history_of(config, stage):
+    return pq.read_table(io.BytesIO(open_place(config.results).child(stage.path).read("history.parquet")))
 
 
 def assert_same(a, b, tolerance=0.0):
@@ -47,7 +53,7 @@ class Breaks:
 
 def configs(tmp_path, **sections):
     """Two configurations over the same tiles with results of their own."""
-    first = small_config(tmp_path, pretrain={"steps": 7}, **sections)
+    first = small_config(tmp_path, **{"pretrain": {"steps": 7}, **sections})
     write_tiles(first, "s", batches=3)
     second = first.model_copy(update={"results": first.results.model_copy(update={"address": str(tmp_path / "again")})})
     return first, second
@@ -111,17 +117,13 @@ def test_seed_and_settings_name_the_stage(tmp_path):
 
 
 def test_history_counts_every_log_point_once(ray_cluster, tmp_path):
-    import io
-
-    import pyarrow.parquet as pq
-
     _, config = configs(tmp_path)
     stage = pretrain(config, "s", objective="dino-cb", seed=0)
     with pytest.raises(ConnectionError):
         stage.run(config, Breaks(tmp_path / "broke", 5, "raise"))
     stage.run(config, None)
     folder = open_place(config.results).child(stage.path)
-    history = pq.read_table(io.BytesIO(folder.read("history.parquet")))
+    history = history_of(config, stage)
     assert history["step"].to_pylist() == list(range(1, 8))
     assert {"time_ms", "loss", "lr", "entropy", "entropy_of_mean", "images_per_s"} <= set(history.column_names)
     assert json.loads(folder.read("done.json"))["steps"] == 7
@@ -145,6 +147,48 @@ def test_the_best_weights_on_the_held_out_plate_are_kept(ray_cluster, tmp_path):
     facts = classify(config, "s", seed=0, extractor=None).run(config, None)
     assert facts["best"]["score"] > 0.6
     assert facts["best"]["step"] in range(10, 61, 10)
+
+
+def test_a_rate_that_falls_on_a_plateau_falls_at_the_same_steps_after_a_break(ray_cluster, tmp_path):
+    # A rate at which loss and accuracy stand still; the fifth step is past a fall, and its checkpoint the last before.
+    slow = {"steps": 10, "lr": 1e-7, "lr_start": 1e-7, "schedule": "plateau", "plateau_patience": 0, "validate_every": 1}
+    first, second = configs(tmp_path, classify=slow)
+    stage, broken = (classify(config, "s", seed=0, extractor=None) for config in (first, second))
+    stage.run(first, None)
+    with pytest.raises(ConnectionError):
+        broken.run(second, Breaks(tmp_path / "broke", 5, "raise"))
+    broken.run(second, None)
+    straight, resumed = history_of(first, stage), history_of(second, broken)
+    rates = straight["lr"].to_pylist()
+    assert rates[0] == pytest.approx(1e-7)
+    assert rates[-1] < 1e-12
+    for name in ("lr", "held_out_loss", "held_out_accuracy"):
+        assert resumed[name].to_pylist() == straight[name].to_pylist(), name
+    assert_same(weights_of(first, stage), weights_of(second, broken))
+
+
+def test_pre_training_keeps_the_weights_of_its_best_nearest_neighbours(ray_cluster, tmp_path):
+    last, _ = configs(tmp_path, train={"knn_every": 1})
+    best, _ = configs(tmp_path, train={"knn_every": 1}, pretrain={"steps": 7, "select": "best-knn"})
+    stages = {config.pretrain.select: pretrain(config, "s", objective="dino", seed=0) for config in (last, best)}
+    facts = {select: stage.run(last, None) for select, stage in stages.items()}
+    scores = history_of(best, stages["best-knn"])["knn"].to_pylist()
+    step = scores.index(max(scores)) + 1
+    assert facts["best-knn"]["best"] == {"score": max(scores), "step": step}
+    assert "best" not in facts["last"]
+    there = paused(last, stages["last"], step)
+    there.run(last, None)
+    assert_same(weights_of(best, stages["best-knn"]), weights_of(last, there))
+
+
+def test_how_often_and_by_which_labels_the_best_weights_are_looked_for_is_in_the_key(tmp_path):
+    def keys(**sections):
+        config, _ = configs(tmp_path, **sections)
+        return pretrain(config, "s", objective="dino", seed=0).key
+
+    best = {"steps": 7, "select": "best-knn"}
+    assert keys(train={"knn_every": 2}) == keys(train={"knn_every": 3})
+    assert len({keys(train={"knn_every": every}, pretrain=best) for every in (2, 3)} | {keys()}) == 3
 
 
 @pytest.mark.parametrize(("text", "bounds"), [("0", (0, 0)), ("3", (3, 3)), ("1-4", (1, 4))])
@@ -184,3 +228,16 @@ def test_a_group_of_which_a_worker_dies_does_what_one_worker_does(alone, tmp_pat
     assert (tmp_path / "died").exists()
     assert facts["workers"] == 2
     assert_same(weights_of(first, stage), weights_of(second, grouped), tolerance=2e-3)
+
+
+@pytest.mark.long
+def test_every_worker_of_a_group_follows_the_rate_that_falls_on_a_plateau(ray_cluster, tmp_path):
+    slow = {"steps": 6, "lr": 1e-7, "lr_start": 1e-7, "schedule": "plateau", "plateau_patience": 0, "validate_every": 1}
+    first, second = configs(tmp_path, classify=slow)
+    alone, grouped = (classify(config, "s", seed=0, extractor=None) for config in (first, second))
+    alone.run(first, None)
+    grouped.run(on(second, "2"), None)
+    rates = [history_of(config, stage)["lr"].to_pylist() for config, stage in ((first, alone), (second, grouped))]
+    assert rates[0][-1] < 1e-10
+    assert rates[1] == pytest.approx(rates[0])
+    assert_same(weights_of(first, alone), weights_of(second, grouped), tolerance=2e-3)

@@ -13,12 +13,14 @@ import ray
 
 from coda_ray.config import Config, Place, build_config, dump_config
 from coda_ray.jump.ingest import run_ingest
+from coda_ray.jump.prepare import preparation_of
 from coda_ray.pipeline.data import DataError
 from coda_ray.pipeline.dry_run import show, survey
 from coda_ray.pipeline.matrix import requests_of
 from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.transfer import plan, stages_of
 from coda_ray.storage import open_place
+from coda_ray.tiles.store import TileStore
 from coda_ray.training.checkpoints import write_tensors
 from synthetic import small_config, write_tiles
 
@@ -42,6 +44,13 @@ def counted(found):
 def row(stages, title):
     (found,) = stages[stages["title"] == title].to_dict("records")
     return found
+
+
+def test_tiles_of_both_readings_of_the_released_channels_keep_apart(tmp_path):
+    other = paper(tmp_path, tmp_path, "--ingest.channels", "DNA,RNA,Mito")
+    prepared = [preparation_of(config) for config in (paper(tmp_path, tmp_path), other)]
+    assert [preparation["channels"] for preparation in prepared] == [["DNA", "ER", "Mito"], ["DNA", "RNA", "Mito"]]
+    assert len({TileStore.open(open_place(other.tiles), preparation).folder.address() for preparation in prepared}) == 2
 
 
 @pytest.fixture(scope="module")

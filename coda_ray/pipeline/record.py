@@ -38,7 +38,7 @@ def job_record(
     command
         The command line.
     pairs
-        Source and target of everything that it does.
+        Source and target of everything that it does; no source where the model was imported.
     transfers
         Keys of the transfers that it scores.
     stages

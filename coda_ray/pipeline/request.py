@@ -21,11 +21,30 @@ class Request:
 
 @dataclass(frozen=True)
 class Model:
-    """The stages of an unadapted model."""
+    """The stages of an unadapted model.
+
+    Parameters
+    ----------
+    method
+        Its name.
+    classifier
+        The labelled stage.
+    extractor
+        The pre-training of its feature extractor; None where it has none of its own.
+    imported
+        Whether it came as an exported folder. Its source's tiles are then not needed: `moments` and `shares` came along.
+    moments
+        Of an imported model: the stage with the moments of the tokens on the source; None where they did not come along.
+    shares
+        Of an imported model: share of each class among the source's images; None where they did not come along.
+    """
 
     method: Method
     classifier: Stage
     extractor: Stage | None
+    imported: bool = False
+    moments: Stage | None = None
+    shares: tuple[float, ...] | None = None
 
     @property
     def pretrained(self) -> Stage:

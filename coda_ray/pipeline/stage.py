@@ -29,6 +29,7 @@ RECIPES = {
     "combine": 2,
     "map": 2,
     "layers": 2,
+    "imported": 2,
 }
 
 

@@ -66,7 +66,7 @@ def unadapted(config: Config, method: Method) -> Method:
     return row_of(method).model or config.baselines.model
 
 
-def plan(config: Config, request: Request) -> list[Transfer]:
+def plan(config: Config, request: Request, model: Model | None = None) -> list[Transfer]:
     """Plan the stages and transfers of one request.
 
     Parameters
@@ -90,7 +90,7 @@ def plan(config: Config, request: Request) -> list[Transfer]:
     """
     check_pair(request.source, request.target)
     config = config.model_copy(update={"split": request.split})
-    model = model_of(config, request)
+    model = model or model_of(config, request)
     if request.source == request.target:
         return [_in_domain(config, request, model)]
     index = data.load_tiles(config, request.target)

@@ -3,6 +3,7 @@
 What it needs of the source travels with the model: weights, heads, classifier, moments of the tokens, shares of the classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -16,7 +17,8 @@ from coda_ray.learn.shot import SourceFreeObjective, Terms
 from coda_ray.methods import Method, MethodRow, row_of
 from coda_ray.pipeline import data
 from coda_ray.pipeline.methods.continued import Added, adapt
-from coda_ray.pipeline.moments import moments, moments_of_all
+from coda_ray.pipeline.methods.standardise import moments_on_source
+from coda_ray.pipeline.moments import moments_of_all
 from coda_ray.pipeline.request import Model
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.train_stages import load_model
@@ -49,13 +51,12 @@ def shot(
     """
     row = row_of(method)
     terms = terms_of(config, row)
-    source = model.classifier.inputs["source"]
-    anchor = moments(config, data.training_tiles(config, source), f"the training tiles of {source}", model.classifier)
-    prior = class_shares(config, model.classifier) if terms.diversity > 0 and config.shot.prior == "source" else None
+    anchor = moments_on_source(config, model) if terms.moments > 0 else None
+    prior = class_shares(config, model) if terms.diversity > 0 and config.shot.prior == "source" else None
     used = {name: value for name, value in vars(terms).items() if name in row.terms or name == "margin"}
     inputs: dict[str, Any] = {"objective": row.objective, "terms": used} | ({"prior": prior} if prior else {})
-    needs = (model.classifier, anchor) if terms.moments > 0 else (model.classifier,)
-    wrap = partial(_through, config, terms, model.classifier, anchor if terms.moments > 0 else None, prior)
+    needs = (model.classifier, anchor) if anchor else (model.classifier,)
+    wrap = partial(_through, config, terms, model.classifier, anchor, prior)
     added = Added(row, inputs, needs, wrap)
     return adapt(config, model, target, granularity=granularity, unit=unit, seed=seed, until=until, start=start, added=added)
 
@@ -70,11 +71,29 @@ def terms_of(config: Config, row: MethodRow) -> Terms:
         raise ConfigError(f"{row.name}: {error}") from None
 
 
-def class_shares(config: Config, classifier: Stage) -> list[float]:
-    """Share of each class among the images that a classifier was trained on, in the order of its classes."""
-    labels = data.training_tiles(config, classifier.inputs["source"]).labelled().frame[LABEL]
-    shares = labels.value_counts(normalize=True)
-    return [float(shares.get(name, 0.0)) for name in classifier.inputs["classes"]]
+def class_shares(config: Config, model: Model) -> list[float]:
+    """Share of each class among the images that a model's classifier was trained on, in the order of its classes.
+
+    Raises
+    ------
+    ConfigError
+        When the model came without.
+    """
+    known = model.classifier.inputs
+    if not model.imported:
+        return shares_of(config, known["source"], known["classes"])
+    if model.shares is None:
+        raise ConfigError(
+            f"shot.prior = 'source': {model.classifier.title} was exported without the shares of its classes; "
+            "give --shot.prior uniform"
+        )
+    return list(model.shares)
+
+
+def shares_of(config: Config, source: str, classes: Sequence[str]) -> list[float]:
+    """Share of each class among a source's training images; labels of the source are read."""
+    shares = data.training_tiles(config, source).labelled().frame[LABEL].value_counts(normalize=True)
+    return [float(shares.get(name, 0.0)) for name in classes]
 
 
 def _through(

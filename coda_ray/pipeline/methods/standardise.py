@@ -1,6 +1,6 @@
 """`standardise`: tokens moved, plate by plate, to the source's moments, before the frozen classifier (`learn.moments.align`)."""
 
-from coda_ray.config import Config
+from coda_ray.config import Config, ConfigError
 from coda_ray.pipeline import data
 from coda_ray.pipeline.moments import moments
 from coda_ray.pipeline.request import Model
@@ -21,7 +21,24 @@ def own_and_wanted(config: Config, model: Model, target: str, trained: Stage | N
     trained
         Its training on the target; None measures the model as it is there too.
     """
+    seen = data.target_tiles(config, model.classifier.inputs["source"], target)
+    return moments_on_source(config, model), moments(config, seen, target, model.classifier, trained)
+
+
+def moments_on_source(config: Config, model: Model) -> Stage:
+    """Plan the moments of an unadapted model's tokens on its source, or take those that came with it.
+
+    Raises
+    ------
+    ConfigError
+        When the model came without.
+    """
     source = model.classifier.inputs["source"]
-    known, named = data.training_tiles(config, source), f"the training tiles of {source}"
-    seen = data.target_tiles(config, source, target)
-    return moments(config, known, named, model.classifier), moments(config, seen, target, model.classifier, trained)
+    if not model.imported:
+        return moments(config, data.training_tiles(config, source), f"the training tiles of {source}", model.classifier)
+    if model.moments is None:
+        raise ConfigError(
+            f"{model.classifier.title}: it was exported without the moments of its tokens on {source}, which standardise, "
+            "moments and coda-shot need; run one of them on the source's results, and export it again"
+        )
+    return model.moments

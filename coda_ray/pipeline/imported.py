@@ -1,0 +1,118 @@
+"""A model that came as an exported folder: as finished stages, so that it is adapted without a tile of its source."""
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coda_ray.config import Config, ConfigError
+from coda_ray.jump.prepare import preparation_of
+from coda_ray.learn.exported import ADAPTATION, DESCRIPTION, WEIGHTS, ExportedModel, Start, unpack, unpack_start
+from coda_ray.learn.moments import Moments
+from coda_ray.methods import row_of
+from coda_ray.pipeline.moments import SUMS
+from coda_ray.pipeline.request import Model
+from coda_ray.pipeline.stage import Stage
+from coda_ray.storage import Folder, open_place
+from coda_ray.training.checkpoints import write_tensors
+
+KIND = "imported"
+
+
+def import_model(config: Config, address: str) -> tuple[Config, Model]:
+    """Read an exported model, and lay it into the results as stages that are finished.
+
+    Parameters
+    ----------
+    config
+        Settings; S3 is reached as results are.
+    address
+        A folder of `jobs/export.py`, of a dual model as its source gave it.
+
+    Returns
+    -------
+    config
+        With the network, the sizes of the views and of DINO's heads that the model has.
+    model
+        The model; its source's tiles are not needed.
+
+    Raises
+    ------
+    ConfigError
+        When there is no such model, it cannot be adapted, or `split` asks for the source's compounds.
+    ModelError
+        When it is damaged, or tiles are prepared otherwise here.
+    """
+    folder = open_place(config.results.model_copy(update={"address": address}))
+    try:
+        exported = unpack(folder.read(DESCRIPTION), folder.read(WEIGHTS), folder.address())
+        start = unpack_start(exported, folder.read(ADAPTATION))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{folder.address()}: {error}; give a folder that jobs/export.py wrote of a dual model") from None
+    exported.require(config.ingest.channels, preparation_of(config), config.tiles.address)
+    if config.split != "plate":
+        raise ConfigError(f"split = {config.split!r}: which compounds are held out is read from the source's tiles; give --split plate")
+    return _as_it_was_trained(config, exported, start), _stages(config, exported, start)
+
+
+def _as_it_was_trained(config: Config, exported: ExportedModel, start: Start) -> Config:
+    """Take the sizes of the networks and of the views from the model."""
+    told, view = exported.description["timm"], exported.description["view"]
+    names = {"patch": "patch_size", "width": "embed_dim", "depth": "depth", "heads": "num_heads"}
+    sizes = {own: told[theirs] for own, theirs in names.items() if theirs in told}
+    arch = "vit" if "embed_dim" in told else told["model_name"]
+    head = {f"head_{name}" if name != "out_dim" else name: size for name, size in start.head.items()}
+    updates: dict[str, Any] = {
+        "model": config.model.model_copy(update={"arch": arch, "init": "random", **sizes}),
+        "views": config.views.model_copy(update={"tile_crop": view["tile_crop"], "size_global": view["size"]}),
+        "dino": config.dino.model_copy(update=head),
+    }
+    return Config.model_validate({**config.model_dump(), **{name: section.model_dump() for name, section in updates.items()}})
+
+
+def _stages(config: Config, exported: ExportedModel, start: Start) -> Model:
+    """Write what the folder holds as stages: the pre-training, the classifier, and the moments of the tokens."""
+    results, origin = open_place(config.results), exported.description["origin"]
+    method, source = origin["method"], origin["source"]
+    common = {"model": exported.key, "source": source, "seed": origin["seed"]}
+    named = f"{method} of {source}, model {exported.key}"
+    extractor = _finished(results, f"extractor of {named}", {**common, "objective": row_of(method).loss}, (), start.dino)
+    state = {f"model.{name}": value for name, value in exported.network.state_dict().items()}
+    classifier = _finished(results, named, {**common, "classes": exported.classes}, (extractor,), state)
+    moments = None
+    if start.moments is not None:
+        of = {**common, "what": "moments"}
+        moments = _finished(results, f"moments of {named} on its source", of, (classifier,), _sums(start.moments), SUMS)
+    shares = None if start.prior is None else tuple(start.prior.tolist())
+    return Model(method, classifier, extractor, imported=True, moments=moments, shares=shares)
+
+
+def _sums(moments: Moments) -> dict[str, Tensor]:
+    """Write moments as the sums over one image that has them."""
+    mean, std = moments.mean.double(), moments.std.double()
+    return {"sums": torch.stack([mean, std.square() + mean.square()])[None], "count": torch.ones(1, dtype=torch.float64)}
+
+
+def _finished(
+    results: Folder,
+    title: str,
+    inputs: dict[str, Any],
+    needs: tuple[Stage, ...],
+    tensors: "dict[str, Tensor] | Any",
+    file: str = "model.safetensors",
+) -> Stage:
+    """Write a stage that is finished, unless it is there."""
+    stage = Stage(KIND, title, inputs, _not_run, needs)
+    if stage.facts(results) is None:
+        folder = results.child(stage.path)
+        note = {"stage": KIND, "key": stage.key, "title": title, "inputs": inputs, "needs": [need.path for need in needs]}
+        folder.write("stage.json", json.dumps(note, indent=1).encode())
+        facts = {"sha256": write_tensors(folder, file, dict(tensors)), "plates": [inputs["source"]]}
+        folder.write("done.json", json.dumps(facts, indent=1).encode())
+    return stage
+
+
+def _not_run(folder: Folder, report: object) -> Any:
+    """Stand in for the work of a stage that came finished."""
+    raise NotImplementedError(f"{folder.address()} came with an exported model; import the model again")

@@ -1,7 +1,8 @@
 """An exported model: weights and a description of everything that decides its input, read with plain torch.
 
 `model.safetensors` has the tensors, `model.json` says which network they belong to, how its input is made, and what it was
-trained on. Both are hashed in `model.json`, so that what was changed or mixed up is refused; nothing is unpickled.
+trained on. A model that can be adapted without its source also has `adapt.safetensors`, which prediction does not read. All are
+hashed in `model.json`, so that what was changed or mixed up is refused; nothing is unpickled.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from coda_ray.learn.dual import DualModel
+from coda_ray.learn.moments import Moments
 from coda_ray.learn.precision import Precision
 from coda_ray.learn.supervised import SupervisedModel
 from coda_ray.learn.views import centre_crop, evaluation_view
@@ -24,6 +26,7 @@ from coda_ray.learn.vit import VitSpec, build_vit, load_exactly, spec_of, timm_a
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
+ADAPTATION = "adapt.safetensors"
 DESCRIPTION = "model.json"
 NORMALISATION = "each channel of each view: / 255, - its mean, / (its standard deviation + 1e-6)"
 KEY_LENGTH = 16
@@ -47,6 +50,31 @@ class Prediction:
 
     probabilities: Tensor
     embedding: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What an adaptation starts from beside the model; no image of the source.
+
+    Parameters
+    ----------
+    dino
+        Student, teacher and their heads, named as by `DinoObjective.state_dict`, without the centre.
+    moments
+        Of the feature extractor's tokens on the source, (2, D); None where they were not measured.
+    prior
+        (K,) float32 share of each class among the source's images, in the model's order; None where it is not known.
+    """
+
+    dino: Mapping[str, Tensor]
+    moments: Moments | None = None
+    prior: Tensor | None = None
+
+    @property
+    def head(self) -> dict[str, int]:
+        """Sizes of DINO's heads, as `DinoHead` takes them."""
+        hidden, bottleneck = (len(self.dino[f"student_head.mlp.{layer}.weight"]) for layer in (0, 4))
+        return {"hidden": hidden, "bottleneck": bottleneck, "out_dim": len(self.dino["student_head.last.weight"])}
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +189,9 @@ class ExportedModel:
             )
 
 
-def pack(network: SupervisedModel | DualModel, spec: VitSpec, facts: Mapping[str, Any]) -> dict[str, bytes]:
+def pack(
+    network: SupervisedModel | DualModel, spec: VitSpec, facts: Mapping[str, Any], start: Start | None = None
+) -> dict[str, bytes]:
     """Write a model down.
 
     Parameters
@@ -172,13 +202,20 @@ def pack(network: SupervisedModel | DualModel, spec: VitSpec, facts: Mapping[str
         Of its transformer, or of both.
     facts
         JSON: `classes` and `channels` in order, `preparation`, `view` (`tile_crop`, `size`), and whatever else is to be known.
+    start
+        For models that can be adapted.
 
     Returns
     -------
     dict
-        Name to content of `model.safetensors` and `model.json`; the same for the same model and facts.
+        Name to content of `model.safetensors`, `model.json` and, with a start, `adapt.safetensors`; the same for the same model,
+        facts and start.
     """
-    weights = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()})
+    files = {WEIGHTS: _saved(network.state_dict())}
+    if start is not None:
+        own = {"moments.mean": start.moments.mean, "moments.std": start.moments.std} if start.moments else {}
+        own |= {} if start.prior is None else {"prior": start.prior}
+        files[ADAPTATION] = _saved({**start.dino, **own})
     description = {
         "format": FORMAT,
         "kind": "dual" if isinstance(network, DualModel) else "supervised",
@@ -186,10 +223,10 @@ def pack(network: SupervisedModel | DualModel, spec: VitSpec, facts: Mapping[str
         **facts,
         "view": {**facts["view"], "normalisation": NORMALISATION},
     }
-    hashes = {WEIGHTS: hashlib.sha256(weights).hexdigest()}
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     hashes[DESCRIPTION] = _own_hash({**description, "sha256": hashes})
     text = json.dumps({**description, "sha256": hashes}, indent=1, ensure_ascii=False)
-    return {WEIGHTS: weights, DESCRIPTION: text.encode()}
+    return {**files, DESCRIPTION: text.encode()}
 
 
 def unpack(description: bytes, weights: bytes, where: str) -> ExportedModel:
@@ -213,9 +250,7 @@ def unpack(description: bytes, weights: bytes, where: str) -> ExportedModel:
         When a file was changed or cut short, is of another format, or the weights do not fit.
     """
     told = _checked(description, f"{where}/{DESCRIPTION}")
-    wanted, found = told["sha256"][WEIGHTS], hashlib.sha256(weights).hexdigest()
-    if wanted != found:
-        raise ModelError(_changed(f"{where}/{WEIGHTS}", found, wanted))
+    _check_hash(weights, told["sha256"][WEIGHTS], f"{where}/{WEIGHTS}")
     try:
         spec, classes = spec_of(told["timm"]), len(told["classes"])
         if told["kind"] not in ("dual", "supervised") or told["view"]["normalisation"] != NORMALISATION:
@@ -227,6 +262,35 @@ def unpack(description: bytes, weights: bytes, where: str) -> ExportedModel:
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"{where}/{DESCRIPTION}: {error}; export the model again with this release") from error
     return ExportedModel(told, network.eval(), where)
+
+
+def unpack_start(model: ExportedModel, data: bytes) -> Start:
+    """Read what an adaptation of a model starts from.
+
+    Parameters
+    ----------
+    model
+        The model.
+    data
+        Content of its `adapt.safetensors`.
+
+    Raises
+    ------
+    ModelError
+        When the model was exported without one, the file was changed or cut short, or it does not fit the model.
+    """
+    file, wanted = f"{model.where}/{ADAPTATION}", model.description["sha256"].get(ADAPTATION)
+    if wanted is None:
+        raise ModelError(f"{model.where}/{DESCRIPTION}: the model has no {ADAPTATION}; export it again, to be adapted")
+    _check_hash(data, wanted, file)
+    tensors = safetensors.torch.load(data)
+    shapes = {"moments.mean": (2, model.network.width), "moments.std": (2, model.network.width), "prior": (len(model.classes),)}
+    own = {name: tensors.pop(name) for name in shapes if name in tensors}
+    for name, value in own.items():
+        if value.shape != shapes[name]:
+            raise ModelError(f"{file}: {name} is {tuple(value.shape)}, the model wants {shapes[name]}; export the model again")
+    moments = Moments(own["moments.mean"], own["moments.std"]) if "moments.mean" in own else None
+    return Start(tensors, moments, own.get("prior"))
 
 
 def read_model(folder: str | Path) -> ExportedModel:
@@ -256,6 +320,18 @@ def _checked(data: bytes, where: str) -> dict[str, Any]:
     if wanted != found:
         raise ModelError(_changed(where, found, wanted))
     return dict(told)
+
+
+def _saved(tensors: Mapping[str, Tensor]) -> bytes:
+    """Write tensors down."""
+    return safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+
+
+def _check_hash(data: bytes, wanted: str, file: str) -> None:
+    """Refuse a file that is not the one that was exported."""
+    found = hashlib.sha256(data).hexdigest()
+    if found != wanted:
+        raise ModelError(_changed(file, found, wanted))
 
 
 def _own_hash(description: Mapping[str, Any]) -> str:

@@ -9,12 +9,11 @@ the source.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from coda_ray.learn.dual import DualModel
 from coda_ray.learn.ema import frozen
@@ -289,9 +288,27 @@ def moment_distance(features: Tensor, source: Moments) -> Tensor:
     return distance.mean()
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over all ranks; each rank's input gets the sum of the gradients of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Add up."""
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Add up what reaches the sum on every rank."""
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
 def _over_ranks(x: Tensor) -> Tensor:
     """Add up a tensor over all ranks, with gradients; alone, leave it."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
-    total: Tensor = all_reduce(x)  # type: ignore[no-untyped-call]
+    total: Tensor = _SumOverRanks.apply(x)
     return total

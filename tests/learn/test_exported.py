@@ -8,7 +8,9 @@ import timm
 import torch
 
 from coda_ray.learn.dual import DualModel
-from coda_ray.learn.exported import DESCRIPTION, WEIGHTS, ModelError, pack, read_model, unpack
+from coda_ray.learn.exported import ADAPTATION, DESCRIPTION, WEIGHTS, ModelError, Start, pack, read_model, unpack, unpack_start
+from coda_ray.learn.heads import DinoHead
+from coda_ray.learn.moments import Moments
 from coda_ray.learn.supervised import SupervisedModel
 from coda_ray.learn.views import evaluation_view
 from coda_ray.learn.vit import VitSpec, build_vit, spec_of, timm_arguments
@@ -136,3 +138,45 @@ def test_tiles_with_other_channels_or_too_small_are_refused(tiles):
         model.predict(torch.cat([tiles, tiles[:, :1]], 1))
     with pytest.raises(ValueError, match=r"view.tile_crop = 20 px does not fit"):
         model.predict(tiles[:, :, :19])
+
+
+def start(moments=True, classes=3):
+    """As a pre-training leaves it: student and teacher with their heads."""
+    torch.manual_seed(1)
+    parts = {who: build_vit(SPEC, drop_path=0.0) for who in ("student", "teacher")}
+    parts |= {f"{who}_head": DinoHead(16, hidden=12, bottleneck=6, out_dim=9) for who in ("student", "teacher")}
+    dino = {f"{part}.{key}": value for part, module in parts.items() for key, value in module.state_dict().items()}
+    return Start(dino, Moments(torch.randn(2, 16), torch.rand(2, 16)) if moments else None, torch.rand(classes).softmax(0))
+
+
+@pytest.mark.parametrize("moments", [True, False])
+def test_what_an_adaptation_starts_from_comes_back_to_the_bit(moments):
+    wanted = start(moments)
+    made = pack(network("dual"), SPEC, FACTS, wanted)
+    model = unpack(made[DESCRIPTION], made[WEIGHTS], "there")
+    found = unpack_start(model, made[ADAPTATION])
+    assert found.dino.keys() == wanted.dino.keys()
+    assert all(torch.equal(found.dino[name], value) for name, value in wanted.dino.items())
+    assert torch.equal(found.prior, wanted.prior)
+    if moments:
+        assert torch.equal(found.moments.mean, wanted.moments.mean)
+        assert torch.equal(found.moments.std, wanted.moments.std)
+    else:
+        assert found.moments is None
+    DinoHead(16, **found.head).load_state_dict(
+        {name.removeprefix("teacher_head."): value for name, value in found.dino.items() if name.startswith("teacher_head.")}
+    )
+    assert made[WEIGHTS] == files()[WEIGHTS], "prediction reads the same file as without"
+
+
+def test_a_start_that_is_missing_changed_or_of_another_model_is_refused():
+    without, made = files(), pack(network("dual"), SPEC, FACTS, start())
+    assert json.loads(without[DESCRIPTION])["sha256"].keys() == {WEIGHTS, DESCRIPTION}
+    with pytest.raises(ModelError, match=r"there/model.json: the model has no adapt.safetensors; export it again"):
+        unpack_start(unpack(without[DESCRIPTION], without[WEIGHTS], "there"), made[ADAPTATION])
+    model = unpack(made[DESCRIPTION], made[WEIGHTS], "there")
+    with pytest.raises(ModelError, match=r"there/adapt.safetensors: SHA-256 is"):
+        unpack_start(model, made[ADAPTATION][:-1])
+    made = pack(network("dual"), SPEC, FACTS, start(classes=4))
+    with pytest.raises(ModelError, match=r"there/adapt.safetensors: prior is \(4,\), the model wants \(3,\)"):
+        unpack_start(unpack(made[DESCRIPTION], made[WEIGHTS], "there"), made[ADAPTATION])

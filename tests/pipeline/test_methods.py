@@ -18,12 +18,13 @@ from coda_ray.learn.moments import align
 from coda_ray.learn.ttt import TttRecipe, adapt_each
 from coda_ray.learn.views import evaluation_view
 from coda_ray.learn.vit import tokens
-from coda_ray.methods import ADAPTING, NAMES, PER_UNIT, ROWS, TRAINED
+from coda_ray.methods import ADAPTING, NAMES, PER_UNIT, ROWS, TRAINED, row_of
 from coda_ray.pipeline import data, networks
 from coda_ray.pipeline.dry_run import survey
 from coda_ray.pipeline.evaluate import embeddings_of, predictions_of
 from coda_ray.pipeline.matrix import run_transfers
 from coda_ray.pipeline.methods import corrections
+from coda_ray.pipeline.methods.shot import terms_of
 from coda_ray.pipeline.moments import moments_of_all, moments_of_tiles
 from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.task import run_missing
@@ -184,6 +185,14 @@ def test_weights_of_terms_and_the_prior_are_part_of_a_key_where_they_count(finis
     assert key("moments") == key("moments", entropy=0.5, prior="source")
     assert key("moments") != key("moments", moments=0.5)
     assert len({key(method) for method in ("coda-shot", "shot", "moments")}) == 3
+
+
+def test_a_method_whose_terms_all_have_weight_0_is_refused_before_anything_runs(tmp_path):
+    config = small_config(tmp_path)
+    config = config.model_copy(update={"shot": config.shot.model_copy(update={"moments": 0.0})})
+    with pytest.raises(ConfigError, match="moments: shot: every term of the method has weight 0"):
+        terms_of(config, row_of("moments"))
+    assert terms_of(config, row_of("coda-shot")).entropy == 1
 
 
 def test_a_plate_without_moments_cannot_be_standardised(finished):

@@ -1,6 +1,7 @@
-"""How near the simulated fields are to real ones: a table of both, and a picture of both.
+"""How near the simulated fields are to real ones: a table of both, and a picture of both. And what the severities do.
 
     python benchmarks/calibration.py --real-data ../shared/data --picture docs/images/real_and_simulated.png
+    python benchmarks/calibration.py --severities docs/images/severities.png
 
 The folder holds `real-images/` (two five-channel fields of JUMP source_1 and a three-channel field of the JUMP pilot) and
 `jump-metadata/source3_poscon_per_image_features.csv.gz` (per-image statistics of 1,800 source_3 sites in 9 batches).
@@ -23,7 +24,7 @@ from skimage import filters, measure
 
 from coda_ray.config import CHANNELS
 from coda_ray.jump.simulate import SIMULATOR_VERSION, SimulateSettings, simulate_site
-from coda_ray.jump.simulate.layout import Plate, draw_plates
+from coda_ray.jump.simulate.layout import Plate, draw_plates, draw_wells
 from coda_ray.jump.simulate.microscope import illumination
 from coda_ray.jump.simulate.world import NAMES, compound_effects, draw_batch, optics
 
@@ -181,15 +182,68 @@ def draw(path: Path, rows: Mapping[str, tuple[Field, float]], side_um: float = 2
     plt.close(figure)
 
 
+def distance_between_labs(settings: SimulateSettings) -> dict[str, float]:
+    """Standard deviation over labs of the log of the mean of four untreated fields, in shares of the camera's full scale."""
+    means, untreated = [], np.zeros(len(NAMES))
+    for plate in draw_plates(settings):
+        fields = [simulated_field(settings, plate, well, untreated) for well in ("B02", "B03", "B04", "B05")]
+        whole = optics(settings, plate.source).full_scale
+        means.append([np.log(np.mean([field[channel] for field in fields]) / whole) for channel in CHANNELS])
+    return dict(zip(CHANNELS, np.std(means, axis=0).tolist(), strict=True))
+
+
+def print_severities(seed: int) -> None:
+    """Print how far labs lie apart at each severity."""
+    labs = [f"lab_{i:02d}" for i in range(16)]
+    for name in ("severity", "biology_severity"):
+        figures = {}
+        for by in (0.0, 0.5, 1.0, 2.0):
+            asked = {name: by, "seed": seed, "sources": labs, "batches_per_source": 1}
+            figures[f"{name} {by:g}"] = distance_between_labs(SimulateSettings.model_validate(asked))
+        print_table(f"Distance between labs, {name}", pd.DataFrame(figures), pd.DataFrame(index=list(CHANNELS)))
+
+
+def draw_severities(path: Path, seed: int, side_um: float = 160.0) -> None:
+    """Draw one treated well in three labs, severities in rows; Mito red, ER green, DNA blue, each stretched on its own."""
+    figure, axes = plt.subplots(3, 6, figsize=(13, 6.9), squeeze=False)
+    for row, by in enumerate((0.5, 1.0, 2.0)):
+        left = iter(axes[row])
+        for name in ("severity", "biology_severity"):
+            settings = SimulateSettings.model_validate({name: by, "seed": seed, "batches_per_source": 1})
+            well, compound = next((well, c) for well, c in draw_wells(settings).items() if c >= 0)
+            for plate, axis in zip(draw_plates(settings), left, strict=False):
+                field = simulated_field(settings, plate, well, compound_effects(settings)[compound])
+                side = int(side_um / optics(settings, plate.source).pixel_um)
+                channels = [field[channel][:side, :side] for channel in ("Mito", "ER", "DNA")]
+                bounds = [np.percentile(image, [0.5, 99.7]) for image in channels]
+                stretched = [(image - low) / (high - low) for image, (low, high) in zip(channels, bounds, strict=True)]
+                axis.imshow(np.clip(np.stack(stretched, -1), 0, 1), extent=(0, side_um, side_um, 0), interpolation="bilinear")
+                axis.set(xticks=[], yticks=[])
+                if row == 0:
+                    axis.set_title(f"{plate.source}, {name}", fontsize=10)
+        axes[row, 0].set_ylabel(f"{by:g}")
+    figure.tight_layout(pad=0.4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=72, pil_kwargs={"optimize": True})
+    plt.close(figure)
+
+
 def main(arguments: list[str] | None = None, show: Callable[[str], None] = print) -> None:
     """Print the tables and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--real-data", type=Path, required=True, help="folder with real-images/ and jump-metadata/")
+    parser.add_argument("--real-data", type=Path, help="folder with real-images/ and jump-metadata/")
     parser.add_argument("--picture", type=Path, help="where to write the picture")
+    parser.add_argument("--severities", type=Path, help="print what the severities do, draw it into this file, and stop")
     parser.add_argument("--seed", type=int, default=0, help="simulated world")
     parser.add_argument("--batches", type=int, default=9, help="simulated batches for the spread; 0 leaves it out")
     parser.add_argument("--wells", type=int, default=8, help="simulated wells per batch for the spread")
     options = parser.parse_args(arguments)
+    if options.severities:
+        print_severities(options.seed)
+        draw_severities(options.severities, options.seed)
+        return
+    if not options.real_data:
+        parser.error("give --real-data, or --severities")
     settings = SimulateSettings(seed=options.seed, field_px=1080)
     real = real_fields(options.real_data)
     first = {p.source: p for p in reversed(draw_plates(settings))}

@@ -68,7 +68,7 @@ def test_the_demo_stops_at_another_world_before_ray_starts(tmp_path):
 
     bucket = tmp_path / "demo" / "bucket" / "cellpainting-gallery"
     bucket.mkdir(parents=True)
-    settings = PRESETS["demo"].model_copy(update={"seed": 7}).model_dump()
+    settings = PRESETS["demo"].model_copy(update={"seed": 7}).model_dump(exclude={"severity"})  # older than this setting
     (bucket / "simulation.json").write_text(json.dumps({"version": SIMULATOR_VERSION - 1, "settings": settings}))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     done = subprocess.run(

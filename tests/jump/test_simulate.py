@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from coda_ray.jump.simulate import PRESETS, SimulateSettings, simulate_site
 from coda_ray.jump.simulate.defects import plan_defects, spoil_file, spoil_list
-from coda_ray.jump.simulate.layout import GALLERY, current_layout, draw_plates, draw_wells, image_list, old_layout
+from coda_ray.jump.simulate.layout import GALLERY, current_layout, draw_plates, image_list, old_layout, wells_of
 from coda_ray.jump.simulate.microscope import _blur, _transfer, estimated_illumination, expose, illumination
 from coda_ray.jump.simulate.population import Bodies, draw_population
 from coda_ray.jump.simulate.render import _nearest, render
@@ -190,9 +190,9 @@ def test_both_layouts_name_the_same_files() -> None:
 
 def test_tables_follow_the_moa_rule() -> None:
     settings = SimulateSettings()
-    compounds, wells = draw_compounds(settings), draw_wells(settings)
     scopes = {source: optics(settings, source) for source in settings.sources}
-    files = metadata_files(settings, draw_plates(settings), wells, compounds, scopes, set())
+    wells = {source: wells_of(settings, source) for source in settings.sources}
+    files = metadata_files(settings, draw_plates(settings), wells, draw_compounds(settings), scopes, set())
     hub = {"sep": "\t", "comment": "!", "encoding": "latin-1", "quoting": 3, "dtype": str}
     drugs = pd.read_csv(io.BytesIO(files["repurposing_drugs.txt"]), **hub)
     samples = pd.read_csv(io.BytesIO(files["repurposing_samples.txt"]), **hub)
@@ -215,7 +215,8 @@ def test_tables_follow_the_moa_rule() -> None:
 
 def test_every_kind_of_defect_is_planned_and_spoils_what_it_says() -> None:
     settings = TINY.model_copy(update={"defects": True})
-    plates, wells = draw_plates(settings), draw_wells(settings)
+    plates = draw_plates(settings)
+    wells = {source: wells_of(settings, source) for source in settings.sources}
     planned = plan_defects(settings, plates, wells)
     assert len({d.kind for d in planned}) == len(planned) == 10
     assert not plan_defects(TINY, plates, wells)
@@ -223,7 +224,7 @@ def test_every_kind_of_defect_is_planned_and_spoils_what_it_says() -> None:
     assert not any(p.name.isdigit() for p in draw_plates(TINY))
     for defect in planned:
         plate = next(p for p in plates if p.name == defect.plate)
-        clean = image_list(plate, list(wells), 1)
+        clean = image_list(plate, list(wells[plate.source]), 1)
         spoiled = spoil_list(clean, [defect])
         change = {"well_not_listed": -1, "duplicate_rows": 1, "partial_plate": int(len(clean) * 0.4) - len(clean)}
         assert len(spoiled) - len(clean) == change.get(defect.kind, 0)
@@ -237,7 +238,20 @@ def test_every_kind_of_defect_is_planned_and_spoils_what_it_says() -> None:
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"moas": 200}, "384"), ({"sources": ["a", "a"]}, "distinct"), ({"sources": ["a b"]}, "letters"), ({"moa": 3}, "Extra")],
+    [
+        ({"moas": 200}, "384"),
+        ({"unknown_moas": 117}, "387 wells do not fit a 384-well plate; lower moas, unknown_moas"),
+        ({"imbalance": 50.0}, "384"),
+        ({"sources": ["a", "a"]}, "distinct"),
+        ({"sources": ["a b"]}, "letters"),
+        ({"moa": 3}, "Extra"),
+        ({"unknown_moas": 1, "unknown_only_in": ["sim_z"]}, "'sim_z': no such source; sources has sim_a, sim_b, sim_c"),
+        ({"unknown_only_in": ["sim_b"]}, "give unknown_moas 1 or more"),
+        ({"imbalance_by_source": True}, "raise it"),
+        ({"imbalance": 0.5}, "greater than or equal to 1"),
+        ({"severity": -1}, "greater than or equal to 0"),
+        ({"biology_severity": 4}, "less than or equal to 3"),
+    ],
 )
 def test_wrong_settings_are_refused(change: dict[str, Any], word: str) -> None:
     with pytest.raises(ValidationError, match=word):

@@ -50,7 +50,7 @@ def shot(
     row = row_of(method)
     terms = terms_of(config, row)
     source = model.classifier.inputs["source"]
-    anchor = moments(config, data.training_tiles(config, source), f"the training tiles of {source}", model.classifier)
+    anchor = moments(config, data.pretraining_tiles(config, source), f"the training tiles of {source}", model.classifier)
     prior = class_shares(config, model.classifier) if terms.diversity > 0 and config.shot.prior == "source" else None
     used = {name: value for name, value in vars(terms).items() if name in row.terms or name == "margin"}
     inputs: dict[str, Any] = {"objective": row.objective, "terms": used} | ({"prior": prior} if prior else {})

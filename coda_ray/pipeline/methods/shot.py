@@ -51,7 +51,7 @@ def shot(
     """
     row = row_of(method)
     terms = terms_of(config, row)
-    anchor = moments_on_source(config, model) if terms.moments > 0 else None
+    anchor = moments_on_source(config, model, data.pretraining_tiles) if terms.moments > 0 else None
     prior = class_shares(config, model) if terms.diversity > 0 and config.shot.prior == "source" else None
     used = {name: value for name, value in vars(terms).items() if name in row.terms or name == "margin"}
     inputs: dict[str, Any] = {"objective": row.objective, "terms": used} | ({"prior": prior} if prior else {})

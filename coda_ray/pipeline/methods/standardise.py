@@ -1,10 +1,13 @@
 """`standardise`: tokens moved, plate by plate, to the source's moments, before the frozen classifier (`learn.moments.align`)."""
 
+from collections.abc import Callable
+
 from coda_ray.config import Config, ConfigError
 from coda_ray.pipeline import data
 from coda_ray.pipeline.moments import moments
 from coda_ray.pipeline.request import Model
 from coda_ray.pipeline.stage import Stage
+from coda_ray.tiles.store import TileIndex
 
 
 def own_and_wanted(config: Config, model: Model, target: str, trained: Stage | None = None) -> tuple[Stage, Stage]:
@@ -22,11 +25,11 @@ def own_and_wanted(config: Config, model: Model, target: str, trained: Stage | N
         Its training on the target; None measures the model as it is there too.
     """
     seen = data.target_tiles(config, model.classifier.inputs["source"], target)
-    return moments_on_source(config, model), moments(config, seen, target, model.classifier, trained)
+    return moments_on_source(config, model, data.training_tiles), moments(config, seen, target, model.classifier, trained)
 
 
-def moments_on_source(config: Config, model: Model) -> Stage:
-    """Plan the moments of an unadapted model's tokens on its source, or take those that came with it.
+def moments_on_source(config: Config, model: Model, tiles_of: Callable[[Config, str], TileIndex]) -> Stage:
+    """Plan the moments of an unadapted model's tokens on tiles of its source, or take those that came with it.
 
     Raises
     ------
@@ -35,7 +38,7 @@ def moments_on_source(config: Config, model: Model) -> Stage:
     """
     source = model.classifier.inputs["source"]
     if not model.imported:
-        return moments(config, data.training_tiles(config, source), f"the training tiles of {source}", model.classifier)
+        return moments(config, tiles_of(config, source), f"the training tiles of {source}", model.classifier)
     if model.moments is None:
         raise ConfigError(
             f"{model.classifier.title}: it was exported without the moments of its tokens on {source}, which standardise, "

@@ -52,7 +52,9 @@ def import_model(config: Config, address: str) -> tuple[Config, Model]:
         raise ConfigError(f"{folder.address()}: {error}; give a folder that jobs/export.py wrote of a dual model") from None
     exported.require(config.ingest.channels, preparation_of(config), config.tiles.address)
     if config.split != "plate":
-        raise ConfigError(f"split = {config.split!r}: which compounds are held out is read from the source's tiles; give --split plate")
+        raise ConfigError(
+            f"split = {config.split!r}: which compounds are held out is read from the source's tiles; give --split plate"
+        )
     return _as_it_was_trained(config, exported, start), _stages(config, exported, start)
 
 

@@ -1,4 +1,4 @@
-"""An invented results folder, invented findings on it, and a reader of pages."""
+"""An invented results folder, invented findings on it, stages of an invented job, and a reader of pages."""
 
 import io
 import itertools
@@ -229,3 +229,19 @@ def write_sweep(results: Folder) -> list[dict]:
     }
     write_json(results, "jobs/sweepkey1.json", job)
     return trials
+
+
+def invented_stage(kind: str, title: str, *needs: object, rate: str | None = None, samples: int = 0):
+    """A stage that cannot be run."""
+    from coda_ray.pipeline.stage import Stage, Workload
+
+    work = Workload(rate, "s", plates=1, tiles=1, steps=1, minibatch=1, samples=samples) if rate else None
+    return Stage(kind, title, {"title": title}, make=lambda folder, report: (dict, None), needs=needs, workload=work)
+
+
+def invented_chain() -> list:
+    """Stages, each after the one before: two that learn, the second from half as many samples, one that looks, one that draws."""
+    learn = invented_stage("pretrain", "pretrain", rate="dino", samples=800)
+    adapt = invented_stage("adapt", "adapt", learn, rate="dino", samples=400)
+    look = invented_stage("evaluate", "evaluate", adapt, rate="inference", samples=100)
+    return [learn, adapt, look, invented_stage("map", "map", look)]

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import pandas as pd
 import pyarrow as pa
-from rich.console import Console
 from rich.table import Table
 
 from coda_ray.cluster import start_ray
@@ -30,7 +29,7 @@ from coda_ray.pipeline.record import job_record, write_job
 from coda_ray.pipeline.request import Model, Request
 from coda_ray.pipeline.stage import Stage, with_needs
 from coda_ray.pipeline.transfer import Transfer, model_of, score
-from coda_ray.progress import Say
+from coda_ray.progress import Say, job_console
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import content_key, table_bytes
 from coda_ray.tracking.figures import figure_png
@@ -126,7 +125,7 @@ def run_online(config: Config, command: str) -> int:
     SystemExit
         With code 1 when stages failed, with code 2 when settings or tiles do not allow it.
     """
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = job_console(WIDTH)
     tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
     with told_in_one_line(sys.argv[0], StagesFailedError):
         _check(config)

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
 from rich.table import Table
 
 from coda_ray.config import Config, Place, labs_of, told_in_one_line
@@ -30,6 +29,7 @@ from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.train_stages import loss_of, objective_of
 from coda_ray.pipeline.transfer import plan, stages_of
+from coda_ray.progress import job_console
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import COMPOUND, LABEL, TileStore
 from coda_ray.training.checkpoints import KEEP
@@ -134,7 +134,7 @@ def show(config: Config, requests: Sequence[Request]) -> int:
     SystemExit
         With code 2 when the matrix cannot be planned as configured.
     """
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = job_console(WIDTH)
     with told_in_one_line(sys.argv[0]):
         found = survey(config, requests)
     for table in (_sources_table(found), _stages_table(found), _totals_table(found)):

@@ -29,6 +29,7 @@ from coda_ray.pipeline import networks
 from coda_ray.pipeline.moments import moments_of_all, moments_of_tiles
 from coda_ray.pipeline.stage import Stage, pass_inputs, pass_workload, settings_of
 from coda_ray.pipeline.train_stages import Made, extractor_input, load_model, stage_tensors
+from coda_ray.progress import Tell
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, read_parquet, table_bytes
 from coda_ray.training.infer import infer
@@ -183,7 +184,7 @@ def evaluate_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     Parameters
     ----------
     config
-        `{"run": EvaluationRun}`, as Ray Train passes it.
+        `{"run": EvaluationRun, "tell": Tell | None}`, as Ray Train passes it.
 
     Returns
     -------
@@ -198,6 +199,9 @@ def evaluate_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     device = device_of(run.config.train)
     steps = -(-len(run.index) // (run.config.evaluate.minibatch * world))
     start = _parts_done(run, rank, world)
+    tell: Tell | None = config["tell"] if rank == 0 else None
+    if tell is not None:
+        tell(start, steps)
     model = load_model(run.config, run.classifier, run.adapted, len(run.index.channels)).to(device).eval()
     outputs = infer(
         _forward(run, model, device),
@@ -212,7 +216,9 @@ def evaluate_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     for part in outputs:
         columns = {"row": part.rows, "values": list(part.values)}
         run.folder.write(f"parts/{_part(run, rank, world, part.step)}", table_bytes(pa.table(columns)))
-        if rank == 0 and steps > 1:
+        if tell is not None:
+            tell(part.step + 1, steps)
+        elif rank == 0 and steps > 1:
             print(f"{run.title}: mini-batch {part.step + 1}/{steps}", flush=True)
     if world > 1:
         barrier()

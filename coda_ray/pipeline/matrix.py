@@ -12,6 +12,7 @@ import pandas as pd
 import ray
 
 from coda_ray.config import Config, ConfigError, labs_of
+from coda_ray.pipeline.display import Display, display_of
 from coda_ray.pipeline.record import TRAINING, job_record, write_job
 from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.stage import Stage
@@ -249,6 +250,7 @@ class _Runner:
         self.failures: dict[str, str] = {}
         self.failed: set[str] = set()
         self.finished = 0
+        self.display = Display()
 
     def run(self) -> None:
         """Run every stage; `failures` then holds the reasons of those that failed, `failed` also what needed them."""
@@ -262,19 +264,20 @@ class _Runner:
         for note in dict.fromkeys(stage.note for stage in missing if stage.note):
             self.say(note)
         limit = self._at_a_time()
-        while missing or self.running or finished:
-            while missing and len(self.running) < limit:
-                self._submit(missing.popleft())
-            # Looking up comes after submitting, so that the cluster has work meanwhile.
-            if finished:
-                self._score(finished.popleft())
-            elif self.running:
-                self._wait()
+        with display_of(self.stages, done, self.config.train) as self.display:
+            while missing or self.running or finished:
+                while missing and len(self.running) < limit:
+                    self._submit(missing.popleft())
+                # Looking up comes after submitting, so that the cluster has work meanwhile.
+                if finished:
+                    self._score(finished.popleft())
+                elif self.running:
+                    self._wait()
 
     def _submit(self, stage: Stage) -> None:
         """Hand one stage to Ray; it starts when its needs are finished and its resources free."""
         needs = [self.references[need.key] for need in stage.needs if need.key in self.references]
-        reference = submit(stage, self.config, self._report(stage), needs)
+        reference = submit(stage, self.config, self._report(stage), needs, self.display.teller(stage))
         self.references[stage.key] = reference
         self.running[reference] = stage
 
@@ -288,15 +291,17 @@ class _Runner:
 
     def _wait(self) -> None:
         """Take the next stage that ends."""
-        (reference,), _ = ray.wait(list(self.running), num_returns=1)
+        reference = self.display.wait(list(self.running))
         stage = self.running.pop(reference)
         try:
             ray.get(reference)
         except ray.exceptions.RayError as error:
             log.debug("%s failed", stage.title, exc_info=error)
+            self.display.ended(stage, failed=True)
             self._fail(stage, cause_of(error))
             return
         self.finished += 1
+        self.display.ended(stage, failed=False)
         self.say(f"[{self.finished}/{len(self.stages)}] {stage.title}")
         self._score(stage)
 

@@ -20,6 +20,7 @@ from coda_ray.learn.precision import choose_precision
 from coda_ray.pipeline.data import DataError
 from coda_ray.pipeline.stage import Stage, pass_inputs, pass_workload
 from coda_ray.pipeline.train_stages import Made, extractor_input, load_model, stage_tensors
+from coda_ray.progress import Tell
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex
 from coda_ray.training.checkpoints import write_tensors
@@ -115,7 +116,7 @@ def moments_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     Parameters
     ----------
     config
-        `{"run": MomentsRun}`, as Ray Train passes it.
+        `{"run": MomentsRun, "tell": Tell | None}`, as Ray Train passes it.
 
     Returns
     -------
@@ -126,6 +127,9 @@ def moments_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     begun = time.monotonic()
     torch.set_num_threads(run.config.train.threads)
     context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    steps = -(-len(run.index) // (run.config.evaluate.minibatch * world))
+    tell: Tell | None = config["tell"] if rank == 0 else None
     device = device_of(run.config.train)
     model = load_model(run.config, run.classifier, run.adapted, len(run.index.channels)).to(device).eval()
     plates, code = np.unique(plate_names(run.index), return_inverse=True)
@@ -137,18 +141,20 @@ def moments_loop(config: Mapping[str, Any]) -> dict[str, Any]:
         run.config,
         device=device,
         precision=choose_precision(device, run.config.train.precision),
-        rank=context.get_world_rank(),
-        world=context.get_world_size(),
+        rank=rank,
+        world=world,
     )
     for part in outputs:
         np.add.at(sums, code[part.rows], part.values)
         np.add.at(count, code[part.rows], 1)
+        if tell is not None:
+            tell(part.step + 1, steps)
     both = torch.from_numpy(np.column_stack([count, sums])).to(device)
-    if context.get_world_size() > 1:
+    if world > 1:
         dist.all_reduce(both)
-    if context.get_world_rank():
+    if rank:
         return {}
-    return _write(run, plates.tolist(), both.cpu(), context.get_world_size(), begun)
+    return _write(run, plates.tolist(), both.cpu(), world, begun)
 
 
 def _write(run: MomentsRun, plates: list[str], both: Tensor, workers: int, begun: float) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from coda_ray.pipeline.matrix import Outcome, StagesFailedError, run_transfers
 from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.sweep import run_sweep
 from coda_ray.pipeline.trial import ORACLE
+from coda_ray.progress import job_console
 from coda_ray.storage import open_place
 from coda_ray.tracking.records import score_name
 from coda_ray.tracking.table import OF_SPLIT, matrices, ranking, ranking_rows, render_matrix
@@ -54,7 +55,7 @@ def run_job(config: Config, requests: Sequence[Request], *, kind: str, name: str
     SystemExit
         With code 1 when stages failed, with code 2 when the tiles cannot be used as configured.
     """
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = job_console(WIDTH)
     with told_in_one_line(sys.argv[0], StagesFailedError):
         start_ray()
         try:
@@ -111,7 +112,7 @@ def run_tune(config: Config, command: str) -> int:
     SystemExit
         With code 1 when what trials stand on failed, with code 2 when the space or the tiles cannot be used as configured.
     """
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = job_console(WIDTH)
     with told_in_one_line(sys.argv[0], StagesFailedError):
         start_ray()
         # `ray job stop` ends it as Ctrl-C does; Ray has set a handler of its own by now, and Tune sets another for Ctrl-C.

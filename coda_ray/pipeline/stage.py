@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from coda_ray.config import Config, Train, pool_of
+from coda_ray.progress import Tell
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, content_key
 from coda_ray.training.checkpoints import DamagedFileError
@@ -145,7 +146,7 @@ class Stage:
             return train
         return train.model_copy(update={"workers": "0"} | ({"gpus_per_worker": 0.0} if self.runs_on == "cpu" else {}))
 
-    def run(self, config: Config, report: Report | None) -> dict[str, Any]:
+    def run(self, config: Config, report: Report | None, tell: Tell | None = None) -> dict[str, Any]:
         """Run the stage, or continue it, unless it is finished already.
 
         Parameters
@@ -154,6 +155,8 @@ class Stage:
             Where the results are, and how workers are launched.
         report
             Receives rank 0's log points.
+        tell
+            Receives how far rank 0 is; None where the stage prints it.
 
         Returns
         -------
@@ -175,7 +178,7 @@ class Stage:
         note |= {"needs": [stage.path for stage in self.needs], "made_of": _made_of(self, results)}
         folder.write("stage.json", json.dumps(note, indent=1).encode())
         loop, run = self.make(folder, report)
-        return launch(loop, run, self.part_of(config.train), results)
+        return launch(loop, run, self.part_of(config.train), results, tell)
 
 
 def with_needs(stages: Iterable[Stage]) -> list[Stage]:

@@ -10,7 +10,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from coda_ray.cluster import quieten
 from coda_ray.config import Config, ConfigError, Train
 from coda_ray.pipeline.stage import Stage
-from coda_ray.progress import Say
+from coda_ray.progress import Say, Tell
 from coda_ray.storage import open_place
 from coda_ray.training.launch import resources
 from coda_ray.training.loop import Report
@@ -18,11 +18,13 @@ from coda_ray.training.loop import Report
 Facts = ray.ObjectRef[dict[str, Any]]
 
 
-def _run(stage: Stage, config: Config, report: Report | None, *needs: dict[str, Any]) -> dict[str, Any]:
+def _run(stage: Stage, config: Config, report: Report | None, tell: Tell | None, *needs: dict[str, Any]) -> dict[str, Any]:
     """Run one stage in a Ray task; `needs` are there for their order alone."""
     quieten()
+    if tell is not None:
+        tell(0, 0)
     try:
-        return stage.run(config, report)
+        return stage.run(config, report, tell)
     finally:
         close = getattr(report, "close", None)
         if close is not None:
@@ -34,7 +36,7 @@ _warm = ray.remote(max_calls=0)(_run)
 _afresh = ray.remote(max_calls=1)(_run)
 
 
-def submit(stage: Stage, config: Config, report: Report | None, needs: Sequence[Facts]) -> Facts:
+def submit(stage: Stage, config: Config, report: Report | None, needs: Sequence[Facts], tell: Tell | None = None) -> Facts:
     """Hand one stage to Ray; it starts when its needs are finished and its resources free.
 
     Parameters
@@ -47,6 +49,8 @@ def submit(stage: Stage, config: Config, report: Report | None, needs: Sequence[
         Receives its log points.
     needs
         Stages on their way that it stands on.
+    tell
+        Receives how far it is, in its own process; None where it prints that itself.
 
     Returns
     -------
@@ -67,7 +71,7 @@ def submit(stage: Stage, config: Config, report: Report | None, needs: Sequence[
             # Not out of the byte that a trial of Tune has reserved for itself.
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=cast(Any, None)),
         )
-        .remote(stage, config, report, *needs)
+        .remote(stage, config, report, tell, *needs)
     )
     return facts
 

@@ -12,24 +12,27 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from coda_ray.config import Train
+from coda_ray.progress import Tell
 from coda_ray.storage import Folder
 
 Loop = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
-def launch(loop: Loop, run: Any, train: Train, results: Folder) -> dict[str, Any]:
+def launch(loop: Loop, run: Any, train: Train, results: Folder, tell: Tell | None = None) -> dict[str, Any]:
     """Run a worker loop to its end.
 
     Parameters
     ----------
     loop
-        Called on every worker with `{"run": run}`.
+        Called on every worker with `{"run": run, "tell": tell}`.
     run
         Picklable description of the work.
     train
         Workers, resources, restarts.
     results
         Results folder; Ray Train keeps its own state under `ray/` while the loop runs.
+    tell
+        Receives how far rank 0 is; picklable, must not block. None where the loop prints it.
 
     Returns
     -------
@@ -37,15 +40,16 @@ def launch(loop: Loop, run: Any, train: Train, results: Folder) -> dict[str, Any
         What rank 0's loop returned.
     """
     low, high = train.worker_range
+    given = {"run": run, "tell": tell}
     if high == 0:
         # Ray Train's local mode: the same loop in this process, a tenth of a second instead of a new process tree.
-        trainer = TorchTrainer(cast(Any, loop), train_loop_config={"run": run}, scaling_config=ScalingConfig(num_workers=0))
+        trainer = TorchTrainer(cast(Any, loop), train_loop_config=given, scaling_config=ScalingConfig(num_workers=0))
         return _returned(trainer)
     name = f"run-{uuid4().hex[:12]}"
     state = results.child("ray")
     trainer = TorchTrainer(
         cast(Any, loop),
-        train_loop_config={"run": run},
+        train_loop_config=given,
         scaling_config=ScalingConfig(
             num_workers=low if low == high else cast(Any, (low, high)),
             use_gpu=train.gpus_per_worker > 0,

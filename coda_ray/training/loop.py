@@ -25,6 +25,7 @@ from coda_ray.learn.objectives import Objective
 from coda_ray.learn.optim import build_optimizer, set_rates
 from coda_ray.learn.precision import Precision, choose_precision
 from coda_ray.learn.schedules import Plateau, cosine, warmup_cosine
+from coda_ray.progress import Tell
 from coda_ray.storage import Folder
 from coda_ray.tiles.plan import share_of
 from coda_ray.tiles.reader import TileSource
@@ -128,7 +129,7 @@ def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     Parameters
     ----------
     config
-        `{"run": TrainingRun}`, as Ray Train passes it.
+        `{"run": TrainingRun, "tell": Tell | None}`, as Ray Train passes it.
 
     Returns
     -------
@@ -138,16 +139,17 @@ def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     run: TrainingRun = config["run"]
     torch.set_num_threads(run.train.threads)
-    return _Worker(run).train()
+    return _Worker(run, config["tell"]).train()
 
 
 class _Worker:
     """One rank of a run."""
 
-    def __init__(self, run: TrainingRun) -> None:
+    def __init__(self, run: TrainingRun, tell: Tell | None) -> None:
         context = ray.train.get_context()
         self.run = run
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.tell = tell if self.rank == 0 else None
         self.device = device_of(run.train)
         self.precision = choose_precision(self.device, run.train.precision)
         torch.manual_seed(run.seed)
@@ -175,6 +177,7 @@ class _Worker:
     def train(self) -> dict[str, Any]:
         """Run from the newest checkpoint to the end."""
         self._restore()
+        self._tell()
         run = self.run
         self.objective.network.train()
         stream = minibatches(
@@ -189,6 +192,7 @@ class _Worker:
         for tensors in on_device(stream, self.device):
             metrics = self._update(tensors)
             self.step += 1
+            self._tell()
             last = self.step == self.end
             # The same on every rank, because ray.train.report waits for all of them.
             scoring = self._is_scored(last)
@@ -202,6 +206,11 @@ class _Worker:
         if self.saved is not run.folder:
             self._checkpoint()
         return self._finish()
+
+    def _tell(self) -> None:
+        """Say how far the run is, where that is shown."""
+        if self.tell is not None:
+            self.tell(self.step, self.end)
 
     def _wrap(self, network: nn.Module) -> nn.Module:
         """Data parallelism over more than one worker."""
@@ -282,15 +291,20 @@ class _Worker:
         if self.rank == 0:
             time_ms = int(time.time() * 1000)
             self.history.append({"step": self.step, "time_ms": time_ms, **point})
-            shown = "  ".join(
-                f"{name} {point[name]:.4g}"
-                for name in ("loss", "accuracy", "entropy", "knn", "held_out_accuracy", "images_per_s")
-                if name in point
-            )
-            print(f"{self.run.title}: step {self.step}/{self.run.steps}  {shown}", flush=True)
+            if self.tell is None:
+                self._print(point)
             if self.run.report is not None:
                 self.run.report(self.step, time_ms, point)
         ray.train.report(point)
+
+    def _print(self, point: Mapping[str, float]) -> None:
+        """Write a log point as a line."""
+        shown = "  ".join(
+            f"{name} {point[name]:.4g}"
+            for name in ("loss", "accuracy", "entropy", "knn", "held_out_accuracy", "images_per_s")
+            if name in point
+        )
+        print(f"{self.run.title}: step {self.step}/{self.run.steps}  {shown}", flush=True)
 
     def _checkpoint(self) -> None:
         """Save at rank 0 what `_restore` needs."""

@@ -89,6 +89,14 @@ def test_keys_of_stages_stay_as_they_are(config, method, granularity):
     assert hashlib.sha256(told.encode()).hexdigest()[:16] == KEYS[method, granularity]
 
 
+def test_sphering_as_it_was_has_the_results_that_it_had(config):
+    settings = {"sphering": "apart", "zscore": "none", "sphering_epsilon": 0.01}
+    before = config.model_copy(update={"baselines": config.baselines.model_copy(update=settings)})
+    stages = stages_of(plan(before, Request("a", "b", "sphering", "source", 0)))
+    told = " ".join(f"{stage.kind} {stage.key}" for stage in stages)
+    assert hashlib.sha256(told.encode()).hexdigest()[:16] == "3d5e49a36849af1b"
+
+
 @by_name
 def test_a_row_is_whole(row):
     assert row.style.colour in NAMED, f"{row.name}: style.colour"

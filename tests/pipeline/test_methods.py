@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 import torch
 
-from coda_ray.analysis.corrections import LinearProbe, Sphering
+from coda_ray.analysis.corrections import LinearProbe
+from coda_ray.analysis.retrieval import replicate_map
 from coda_ray.config import Config, ConfigError
 from coda_ray.learn.moments import align
 from coda_ray.learn.ttt import TttRecipe, adapt_each
@@ -39,12 +40,10 @@ ROOT = Path(__file__).resolve().parents[2]
 METHODS = NAMES
 # Methods that can leave compounds out of all that they fit.
 HOLDING_OUT = [row.name for row in ROWS if row.holds_out]
-# Per-source DMSO tiles of the synthetic store: too few for its 16 features, hence the regularisation.
-BASELINES = {"sphering_epsilon": 0.5}
 
 
 def world(root: Path, **sections: object) -> Config:
-    config = small_config(root, **{"baselines": BASELINES, **sections})
+    config = small_config(root, **sections)
     for source in ("a", "b"):
         write_tiles(config, source, batches=2, plates_per_batch=2)
     return config
@@ -58,7 +57,7 @@ def run(config, requests):
 def finished(ray_cluster, tmp_path_factory):
     config = world(tmp_path_factory.mktemp("methods"))
     requests = [Request("a", "b", method, "source", 0) for method in METHODS]
-    requests += [Request("a", "b", method, "batch", 0) for method in ("sphering", "harmony", "tent", "oda-mae")]
+    requests += [Request("a", "b", method, "batch", 0) for method in ("sphering", "coral", "harmony", "tent", "oda-mae")]
     return config, run(config, requests)
 
 
@@ -85,24 +84,82 @@ def test_units_are_scored_on_themselves_and_on_the_whole_where_a_method_can(fini
     _, outcome = finished
     rows = outcome.transfers[outcome.transfers["granularity"] == "batch"]
     found = {(method, scope) for method, scope in zip(rows["method"], rows["scope"], strict=True)}
-    assert {(m, "adapted") for m in ("sphering", "harmony", "tent", "oda-mae", "dual-cb", "dual-mae")} <= found
-    assert {(m, "whole") for m in ("sphering", "tent", "oda-mae")} <= found
+    assert {(m, "adapted") for m in ("sphering", "coral", "harmony", "tent", "oda-mae", "dual-cb", "dual-mae")} <= found
+    assert {(m, "whole") for m in ("sphering", "coral", "tent", "oda-mae")} <= found
     assert ("harmony", "whole") not in found
     assert (rows.loc[rows["scope"] == "adapted", "n_images"] == 24).all()
 
 
-@pytest.mark.parametrize("method", ["probe", "sphering"])
-def test_a_correction_is_what_one_does_by_hand(finished, method):
-    config, _ = finished
-    stage = planned(config, method)[-1].evaluation
+def by_hand(how, known, wanted, inside):
+    """Correct features step by step: one plate after the other, then one eigenvector after the other."""
+
+    def dmso(frame):
+        return (frame[COMPOUND] == "DMSO").to_numpy()
+
+    def scaled(frame):
+        rows, plates = frame.filter(like="feature_").to_numpy(np.float64, copy=True), frame["Metadata_Plate"].to_numpy()
+        for plate in set(plates) if how["zscore"] != "none" else ():
+            own = rows[(plates == plate) & (dmso(frame) | (how["zscore"] == "all"))]
+            rows[plates == plate] = (rows[plates == plate] - own.mean(axis=0)) / own.std(axis=0)
+        return rows
+
+    def power(matrix, exponent):
+        values, vectors = np.linalg.eigh(matrix)
+        return sum(value**exponent * np.outer(vector, vector) for value, vector in zip(values, vectors.T, strict=True))
+
+    def white(controls, rows, epsilon):
+        covariance = np.cov(controls.T)
+        return (rows - controls.mean(axis=0)) @ power(covariance + epsilon * np.eye(16) * np.trace(covariance) / 16, -0.5)
+
+    ours, theirs = scaled(known), scaled(wanted)
+    if "sphering" not in how:  # CORAL
+        theirs = (theirs - theirs[inside].mean(axis=0)) / theirs[inside].std(axis=0)
+        ours = (ours - ours.mean(axis=0)) / ours.std(axis=0)
+        own, target = (np.cov(rows.T) + np.eye(16) for rows in (ours, theirs[inside]))
+        return ours @ power(own, -0.5) @ power(target, 0.5), theirs
+    controls = ours[dmso(known)], theirs[dmso(wanted) & inside]
+    if how["sphering"] == "joint":
+        controls = [np.concatenate(controls)] * 2
+
+    def both(epsilon):
+        return [white(of, rows, epsilon) for of, rows in zip(controls, (ours, theirs), strict=True)]
+
+    def retrieved(epsilon):
+        rows = np.concatenate([both(epsilon)[0][~dmso(known)], both(epsilon)[1][inside & ~dmso(wanted)]])
+        frame = pd.concat([known[~dmso(known)], wanted[inside & ~dmso(wanted)]]).filter(like="Metadata_")
+        frame["Metadata_Batch"] = frame["Metadata_Source"] + frame["Metadata_Batch"]
+        well = (frame["Metadata_Plate"] + frame["Metadata_Well"]).to_numpy()
+        wells, meta = pd.DataFrame(rows).groupby(well).mean(), frame.groupby(well).first()
+        return replicate_map(wells.to_numpy(), meta, against="compounds", seed=0)["map"]
+
+    given = how["sphering_epsilon"]
+    return both(max(corrections.EPSILONS, key=retrieved) if given == "auto" else given)
+
+
+@pytest.mark.parametrize(
+    ("method", "granularity", "how"),
+    [
+        ("probe", "source", {}),
+        ("sphering", "source", {"zscore": "all", "sphering": "joint", "sphering_epsilon": "auto"}),
+        ("sphering", "batch", {"zscore": "all", "sphering": "joint", "sphering_epsilon": "auto"}),
+        ("sphering", "source", {"zscore": "dmso", "sphering": "apart", "sphering_epsilon": "auto"}),
+        ("sphering", "source", {"zscore": "none", "sphering": "apart", "sphering_epsilon": 0.5}),
+        ("coral", "source", {"zscore": "all"}),
+        ("coral", "batch", {"zscore": "none"}),
+    ],
+)
+def test_a_correction_is_what_one_does_by_hand(finished, method, granularity, how):
+    plain, _ = finished
+    config = plain.model_copy(update={"baselines": plain.baselines.model_copy(update=how)})
+    stage = planned(config, method, granularity)[-1].evaluation
+    stage = stage.needs[0] if stage.kind == "combine" else stage
+    stage.run(config, None)
     source, target = stage.needs
     known, wanted = embeddings_of(config, source), embeddings_of(config, target)
-    ours, theirs = (frame.filter(like="feature_").to_numpy(np.float64, copy=True) for frame in (known, wanted))
-    if method == "sphering":
-        ours, theirs = (
-            Sphering.fit(rows[(frame[COMPOUND] == "DMSO").to_numpy()], regularisation=0.5).transform(rows)
-            for frame, rows in ((known, ours), (wanted, theirs))
-        )
+    column, unit = stage.inputs["unit"]
+    ours, theirs = by_hand(how, known, wanted, (wanted[column] == unit).to_numpy()) if how else (
+        frame.filter(like="feature_").to_numpy(np.float64) for frame in (known, wanted)
+    )  # fmt: skip
     index = data.training_tiles(config, "a")
     truth = known.merge(index.frame[["Metadata_Plate", "Metadata_Well", "Metadata_Site", LABEL]], how="left")[LABEL]
     classes = sorted(truth.dropna().unique())
@@ -110,6 +167,28 @@ def test_a_correction_is_what_one_does_by_hand(finished, method):
     probe = LinearProbe.fit(ours[codes >= 0], codes[codes >= 0].astype(np.int64), len(classes))
     found = predictions_of(config, stage).filter(like="probability_").to_numpy()
     np.testing.assert_allclose(found, probe.probabilities(theirs), atol=2e-3)
+
+
+def test_sphering_and_coral_are_fitted_to_no_compound_that_is_held_out(finished, tmp_path, monkeypatch):
+    plain, _ = finished
+    tables = [embeddings_of(plain, stage) for stage in planned(plain, "probe")[-1].evaluation.needs]
+    settings = {"results": {"address": str(tmp_path)}, "split": "compounds"}
+    config = Config.model_validate({**plain.model_dump(mode="json"), **settings})
+    held = [table[COMPOUND].isin(data.held_out_compounds(config, "a")).to_numpy() for table in tables]
+    known, features = tables[0][~held[0]], list(tables[1].filter(like="feature_"))
+    noise = np.random.default_rng(0).normal(size=(held[1].sum(), len(features)))
+    for method in ("sphering", "coral"):
+        stage, found = plan(config, Request("a", "b", method, "source", 0, "compounds"))[-1].evaluation, []
+        for wanted in (tables[1], tables[1].copy()):
+            if found:
+                wanted.loc[held[1], features] = noise.astype(np.float32)
+            read = {stage.needs[0].key: known, stage.needs[1].key: wanted}
+            monkeypatch.setattr(corrections, "embeddings_of", lambda config, of, read=read: read[of.key])
+            shutil.rmtree(tmp_path / stage.path, ignore_errors=True)
+            stage.run(config, None)
+            found.append(predictions_of(config, stage).filter(like="probability_").to_numpy())
+        np.testing.assert_array_equal(found[0][~held[1]], found[1][~held[1]])
+        assert np.abs(found[0] - found[1])[held[1]].max() > 1e-3
 
 
 def test_standardised_tokens_reach_the_frozen_classifier(finished):
@@ -486,14 +565,41 @@ def test_a_stage_of_one_process_waits_for_no_gpu_and_no_group(finished, tmp_path
     assert stage.facts(open_place(elsewhere.results))["tiles"] == 56
 
 
-def test_sphering_without_controls_is_told(finished, tmp_path, monkeypatch):
-    config, _ = finished
+@pytest.mark.parametrize(
+    ("how", "changed", "told"),
+    [
+        ({}, {"Metadata_Control": None}, r"no tile of it has Metadata_Control = negcon.*leave the method out"),
+        ({"zscore": "dmso"}, {"Metadata_Control": None}, r"plate a/b0/ab0p0 has 0 images to take .*--baselines\.zscore all"),
+        ({}, {COMPOUND: None}, r"no well holds a known compound.*; give --baselines\.sphering-epsilon a number"),
+        ({"sphering_epsilon": 1.0}, {COMPOUND: None}, None),
+    ],
+)
+def test_what_sphering_lacks_is_told(finished, tmp_path, monkeypatch, how, changed, told):
+    plain, _ = finished
+    settings = {**plain.model_dump(mode="json"), "results": {"address": str(tmp_path)}, "baselines": how}
+    config = Config.model_validate(settings)
     stage = planned(config, "sphering")[-1].evaluation
-    without = embeddings_of(config, stage.needs[1]).assign(Metadata_Control=None)
-    monkeypatch.setattr(corrections, "embeddings_of", lambda config, stage: without)
-    elsewhere = Config.model_validate({**config.model_dump(mode="json"), "results": {"address": str(tmp_path)}})
-    with pytest.raises(ConfigError, match=r"no tile of it has Metadata_Control = negcon.*leave the method out"):
-        stage.run(elsewhere, None)
+    monkeypatch.setattr(corrections, "embeddings_of", lambda config, stage: embeddings_of(plain, stage).assign(**changed))
+    if told is None:
+        assert stage.run(config, None)["tiles"] == 56
+        return
+    with pytest.raises(ConfigError, match=told):
+        stage.run(config, None)
+
+
+def test_joint_sphering_makes_do_with_the_controls_of_one_lab(finished, tmp_path, monkeypatch):
+    plain, _ = finished
+    config = Config.model_validate({**plain.model_dump(mode="json"), "results": {"address": str(tmp_path)}})
+    stage = planned(config, "sphering")[-1].evaluation
+
+    def controls_of_the_target_alone(config, of):
+        table = embeddings_of(plain, of)
+        return table.assign(Metadata_Control=None) if of is stage.needs[0] else table
+
+    monkeypatch.setattr(corrections, "embeddings_of", controls_of_the_target_alone)
+    facts = stage.run(config, None)
+    assert facts["epsilon"] in corrections.EPSILONS
+    assert facts["replicate_map"][str(facts["epsilon"])] == max(facts["replicate_map"].values())
 
 
 def test_methods_are_told_apart_by_whether_they_fit_a_unit():

@@ -289,6 +289,8 @@ def _choose_epsilon(controls: Sequence[Rows], sides: Sequence[Side]) -> tuple[fl
     """Choose the ε with which the wells of both sides retrieve their compound in other batches best; no label is read."""
     wells = [_treated_wells(side) for side in sides]
     both = pd.concat(wells)
+    if both.empty:
+        raise ValueError("no well holds a known compound, by which ε could be chosen")
     compounds, batches = both[COMPOUND].to_numpy(), (both["Metadata_Source"] + "/" + both["Metadata_Batch"]).to_numpy()
     profiles = [one.filter(like=FEATURE).to_numpy(np.float32) for one in wells]
     scores = {

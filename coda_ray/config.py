@@ -953,6 +953,9 @@ class Config(Section):
     split: Split = "plate"
     """What is held out: `plate` (the paper's: one plate per source; every compound is trained on), or `compounds` (also a share
     of each MoA's compounds, in no training and no adaptation, which alone is scored)."""
+    learn_from: Literal["all", "known-compounds"] = "all"
+    """What pre-training and adaptation see: all wells, or (the paper) only those of compounds that have a MoA label in the source,
+    without the controls. Which compounds these are is all that is told of a label."""
     held_out_compounds: float = Field(0.34, gt=0, lt=1)
     """With split=compounds: share of each MoA's compounds that is held out; one at least, of two or more."""
     held_out: dict[str, str] = {}

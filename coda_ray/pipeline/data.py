@@ -147,6 +147,47 @@ def training_tiles(config: Config, source: str) -> TileIndex:
     return seen(config, source, _divided(config, source, held_out=False))
 
 
+def pretraining_tiles(config: Config, source: str) -> TileIndex:
+    """Tiles of a source that pre-training learns from: its training tiles, by `learn_from`.
+
+    Raises
+    ------
+    DataError
+        When none is left.
+    """
+    return _learnt(config, source, source, training_tiles(config, source))
+
+
+def known_compounds(config: Config, source: str) -> tuple[str, ...]:
+    """Name the compounds that have a MoA label anywhere in a source, held-out compounds left out; their labels are not told."""
+    return _known_compounds(seen(config, source, load_tiles(config, source)))
+
+
+@lru_cache(maxsize=KEPT_SELECTIONS)
+def _known_compounds(index: TileIndex) -> tuple[str, ...]:
+    """Name the labelled compounds."""
+    return tuple(sorted(index.labelled().frame[COMPOUND].dropna().unique()))
+
+
+def _learnt(config: Config, source: str, of: str, index: TileIndex) -> TileIndex:
+    """Keep the tiles, of a source or of a target, that are learnt from without labels."""
+    if config.learn_from == "all":
+        return index
+    kept = _with(index, known_compounds(config, source))
+    if not len(kept):
+        raise DataError(
+            f"learn_from = known-compounds: no tile of {of} has a compound with a MoA label in {source}; give the compound and MoA "
+            "tables to jobs/ingest.py, or learn_from all"
+        )
+    return kept
+
+
+@lru_cache(maxsize=KEPT_SELECTIONS)
+def _with(index: TileIndex, compounds: tuple[str, ...]) -> TileIndex:
+    """Keep some compounds."""
+    return index.where(index.frame[COMPOUND].isin(compounds))
+
+
 def _divided(config: Config, source: str, *, held_out: bool) -> TileIndex:
     """Keep the held-out plates of a source, or all others."""
     return _on_plates(load_tiles(config, source), tuple(held_out_plates(config, source).items()), held_out)
@@ -325,21 +366,21 @@ def target_tiles(config: Config, source: str, target: str) -> TileIndex:
 
 
 def known_tiles(config: Config, source: str, target: str) -> TileIndex:
-    """Tiles of a target that an adaptation knows of: of `target_tiles` those of `adapt.plates`.
+    """Tiles of a target that an adaptation learns from: of `target_tiles` those of `adapt.plates`, by `learn_from`.
 
     Raises
     ------
     DataError
-        When the target has no such plate.
+        When the target has no such plate, or none of these compounds.
     """
     names = config.adapt.plates
     if not names:
-        return target_tiles(config, source, target)
+        return _learnt(config, source, target, target_tiles(config, source, target))
     index = stored_tiles(config, target)
     missing = sorted(set(names) - set(index.units("plate")))
     if missing:
         raise DataError(f"adapt.plates = {missing[0]!r}: {target} has no such finished plate; ingest it, or correct it")
-    return seen(config, source, _large_enough(config, target, _only(index, tuple(names))))
+    return _learnt(config, source, target, seen(config, source, _large_enough(config, target, _only(index, tuple(names)))))
 
 
 @lru_cache(maxsize=KEPT_SELECTIONS)
@@ -350,8 +391,10 @@ def _only(index: TileIndex, plates: tuple[str, ...]) -> TileIndex:
 
 def forget() -> None:
     """Load indices anew from now on: plates were added to the store."""
-    for kept in (_load, _only, _on_plates, _without, _plates, _anchored, unlabelled, _adaptation_tiles, _held_out_compounds):
+    for kept in (_load, _only, _on_plates, _with, _without, _plates, _anchored, unlabelled, _adaptation_tiles):
         kept.cache_clear()
+    for named in (_held_out_compounds, _known_compounds):
+        named.cache_clear()
     forget_selections()
 
 
@@ -393,7 +436,7 @@ def _adaptation_tiles(
     inside = (whole.frame[UNIT_COLUMNS[granularity]] == unit).to_numpy()
     if not inside.any():
         known = ", ".join(whole.units(granularity))
-        raise DataError(f"{target}: no {granularity} {unit!r} is known, but {known}; see adapt.plates and adapt.unit")
+        raise DataError(f"{target}: no {granularity} {unit!r} is known, but {known}; see adapt.plates, adapt.unit, learn_from")
     if partner_pool == "unit":
         return unlabelled(whole.where(inside))
     return UnlabelledTiles(whole, np.flatnonzero(inside).astype(np.int64))

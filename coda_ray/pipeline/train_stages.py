@@ -39,7 +39,7 @@ Made = tuple[Callable[[Mapping[str, Any]], dict[str, Any]], Any]
 
 
 def pretrain(config: Config, source: str, *, objective: Loss, seed: int) -> Stage:
-    """Plan self-supervised pre-training on a source's training plates (CODA, section 3).
+    """Plan self-supervised pre-training on a source's training plates (CODA, section 3), on all or some compounds (`learn_from`).
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def pretrain(config: Config, source: str, *, objective: Loss, seed: int) -> Stag
     DataError
         When tiles have no partner and `adapt.no_partner` is `error`.
     """
-    tiles = data.unlabelled(data.training_tiles(config, source))
+    tiles = data.unlabelled(data.pretraining_tiles(config, source))
     note = tiles.check_partners(config, f"pretrain on {source}", adapting=False) if objective == "dino-cb" else None
     if config.train.knn_every:
         data.labelled_held_out(config, source)

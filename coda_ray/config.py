@@ -34,7 +34,7 @@ from coda_ray.methods import AdaptingMethod, Method, TrainedMethod, UnadaptedMet
 CHANNELS = ("DNA", "ER", "RNA", "AGP", "Mito")
 Channel = Literal["DNA", "ER", "RNA", "AGP", "Mito"]
 Granularity = Literal["source", "batch", "plate"]
-Split = Literal["plate", "compounds"]
+Split = Literal["plate", "compounds", "new-compounds"]
 Strategy = Literal["none", "plate", "batch", "continue", "reuse"]
 # Ray's job supervisor sets it for the driver of a submitted job, and for nothing else.
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -951,13 +951,14 @@ class Config(Section):
     train: Train = Train()
     """Workers, precision, checkpoints."""
     split: Split = "plate"
-    """What is held out: `plate` (the paper's: one plate per source; every compound is trained on), or `compounds` (also a share
-    of each MoA's compounds, in no training and no adaptation, which alone is scored)."""
+    """What is held out: `plate` (the paper's: one plate per source; every compound is trained on); `compounds` (also a share of
+    each MoA's compounds, in no training and nothing that is fitted to the target, which alone is scored); or `new-compounds` (the
+    same compounds, but their unlabelled images of the target are in the adaptation, as a lab has them)."""
     learn_from: Literal["all", "known-compounds"] = "all"
-    """What pre-training and adaptation see: all wells, or (the paper) only those of compounds that have a MoA label in the source,
-    without the controls. Which compounds these are is all that is told of a label."""
+    """What pre-training and adaptation see: all wells, or (the paper) those of compounds that have a MoA label in the source, no
+    controls. Which compounds these are is all that is told of a label."""
     held_out_compounds: float = Field(0.34, gt=0, lt=1)
-    """With split=compounds: share of each MoA's compounds that is held out; one at least, of two or more."""
+    """With split=compounds and new-compounds: share of each MoA's compounds that is held out; one at least, of two or more."""
     held_out: dict[str, str] = {}
     """Held-out plate of each source (source=plate); the last plate by batch and name where a source is not named."""
     tracking: Tracking = Tracking()

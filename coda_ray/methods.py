@@ -48,7 +48,7 @@ class MethodRow:
     rate
         Kind of work of its training, in `estimate` (`<rate>_per_s`).
     holds_out
-        Whether compounds can be left out of all that it fits.
+        Whether compounds can be left out of all that it fits (split `compounds`).
     card
         How it trains, for the card of an exported model; None: it makes no model that can be exported.
     rivals

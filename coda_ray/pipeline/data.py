@@ -100,7 +100,7 @@ def _held_out_plate(config: Config, lab: str) -> str:
 
 
 def held_out_compounds(config: Config, source: str) -> tuple[str, ...]:
-    """Name the compounds that no training and no adaptation from a source sees; none with split=plate.
+    """Name the compounds that no training on a source sees, and that alone are scored; none with split=plate.
 
     Chosen by the hash of their names within each MoA of the source, so that every source with the same compounds, and every
     seed, holds out the same ones; a pool, of the compounds of all its labs. No label of a target takes part.
@@ -123,13 +123,21 @@ def _held_out_compounds(index: TileIndex, share: float) -> tuple[str, ...]:
 
 
 def seen(config: Config, source: str, index: TileIndex) -> TileIndex:
-    """Keep the tiles that training on a source, and adaptation from it, may use."""
+    """Keep the tiles that training on a source may use."""
     held_out = held_out_compounds(config, source)
     return _without(index, held_out) if held_out else index
 
 
+def had(config: Config, source: str, index: TileIndex) -> TileIndex:
+    """Keep the tiles of a target that adaptation from a source, whatever is fitted there, and the choice among models may use.
+
+    With split=new-compounds a lab has the images of the compounds that are scored, and no label of theirs.
+    """
+    return index if config.split == "new-compounds" else seen(config, source, index)
+
+
 def unseen(config: Config, source: str, index: TileIndex) -> TileIndex:
-    """Keep the tiles that features are measured on: all; with split=compounds, unseen compounds and the controls."""
+    """Keep the tiles that features are measured on: all; where compounds are held out, these and the controls."""
     if config.split == "plate":
         return index
     of_interest = index.frame[COMPOUND].isin(held_out_compounds(config, source))
@@ -137,7 +145,7 @@ def unseen(config: Config, source: str, index: TileIndex) -> TileIndex:
 
 
 def scored(config: Config, source: str, index: TileIndex, classes: Sequence[str]) -> TileIndex:
-    """Keep the tiles that a classifier of a source is scored on: MoA labels it knows; with split=compounds, unseen compounds."""
+    """Keep the tiles that a classifier of a source is scored on: MoA labels it knows; of compounds held out, where there are."""
     asked = unseen(config, source, index)
     return asked.where(asked.frame[LABEL].isin(classes))
 
@@ -176,8 +184,8 @@ def _learnt(config: Config, source: str, of: str, index: TileIndex) -> TileIndex
     kept = _with(index, known_compounds(config, source))
     if not len(kept):
         raise DataError(
-            f"learn_from = known-compounds: no tile of {of} has a compound with a MoA label in {source}; give the compound and MoA "
-            "tables to jobs/ingest.py, or learn_from all"
+            f"learn_from = known-compounds: no tile of {of} has a compound with a MoA label in {source}; give the compound and "
+            "MoA tables to jobs/ingest.py, or learn_from all"
         )
     return kept
 
@@ -362,7 +370,7 @@ def unlabelled(index: TileIndex) -> UnlabelledTiles:
 
 def target_tiles(config: Config, source: str, target: str) -> TileIndex:
     """Tiles of a target that a model of a source may adapt to."""
-    return seen(config, source, load_tiles(config, target))
+    return had(config, source, load_tiles(config, target))
 
 
 def known_tiles(config: Config, source: str, target: str) -> TileIndex:
@@ -380,7 +388,7 @@ def known_tiles(config: Config, source: str, target: str) -> TileIndex:
     missing = sorted(set(names) - set(index.units("plate")))
     if missing:
         raise DataError(f"adapt.plates = {missing[0]!r}: {target} has no such finished plate; ingest it, or correct it")
-    return _learnt(config, source, target, seen(config, source, _large_enough(config, target, _only(index, tuple(names)))))
+    return _learnt(config, source, target, had(config, source, _large_enough(config, target, _only(index, tuple(names)))))
 
 
 @lru_cache(maxsize=KEPT_SELECTIONS)

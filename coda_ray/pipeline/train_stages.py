@@ -234,9 +234,13 @@ def section_of(loss: Loss | None) -> Literal["dino", "mae"]:
     return "mae" if loss == "mae" else "dino"
 
 
-def named(config: Config, seed: int) -> str:
-    """End the title of a training stage: what else tells it from its likes."""
-    return f"seed {seed}{OF_SPLIT[config.split]}"
+def named(config: Config, seed: int, *, on_target: bool = False) -> str:
+    """End the title of a training stage: what else tells it from its likes.
+
+    On the source, both splits that hold compounds out train the same.
+    """
+    split = config.split if on_target or config.split == "plate" else "compounds"
+    return f"seed {seed}{OF_SPLIT[split]}"
 
 
 def training_inputs(config: Config, optimisation: Optimisation, seed: int, *sections: str) -> dict[str, Any]:

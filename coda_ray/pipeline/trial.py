@@ -57,7 +57,7 @@ class Cell:
     @cached_property
     def before(self) -> Stage:
         """Criteria of the model before adaptation; what every trial compares itself with, and the last that all share."""
-        return criteria(self.config, self.seen, self.unadapted, (), self.unadapted)
+        return criteria(self.config, self._had, self.unadapted, (), self.unadapted)
 
     @cached_property
     def _model(self) -> Model:
@@ -98,7 +98,12 @@ class Cell:
             }
             title = f"{request.method} {request.source} to {request.target} per {request.granularity}, seed {request.seed}"
             evaluation = combine(self.config, title, request.granularity, parts)
-        return evaluation, criteria(self.config, self.seen, evaluation, tuple(trained.values()), self.unadapted)
+        return evaluation, criteria(self.config, self._had, evaluation, tuple(trained.values()), self.unadapted)
+
+    @cached_property
+    def _had(self) -> TileIndex:
+        """Tiles that the criteria measure: none of a compound that is held out of the adaptation."""
+        return data.had(self.config, self.request.source, self.seen)
 
     @cached_property
     def seen(self) -> TileIndex:

@@ -77,7 +77,7 @@ def figure_png(figure: Figure) -> bytes:
 def _name(tidy: pd.DataFrame) -> str:
     """Name the picture of one matrix."""
     metric, split, granularity = (tidy[name].iloc[0] for name in ("metric", "split", "granularity"))
-    return f"matrix-{metric}-{granularity}" + ("-compounds" if split == "compounds" else "")
+    return f"matrix-{metric}-{granularity}" + ("" if split == "plate" else f"-{split}")
 
 
 def _panel(

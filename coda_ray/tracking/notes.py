@@ -9,7 +9,7 @@ import pandas as pd
 import yaml
 
 from coda_ray.config import Config
-from coda_ray.tracking.table import markdown_matrix, matrices
+from coda_ray.tracking.table import OF_SPLIT, markdown_matrix, matrices
 
 NOTE_LENGTH = 7500  # of the 8000 characters that MLflow keeps
 MOST_COMMANDS = 16
@@ -91,8 +91,7 @@ def transfer_name(record: Mapping[str, Any]) -> str:
     if record["granularity"] != "source":
         parts.append(f"{record['granularity']} {record['unit']}")
         parts += ["scored on all"] if record["scope"] == "whole" else []
-    parts += ["compounds held out"] if record["split"] == "compounds" else []
-    return ", ".join([*parts, f"seed {record['seed']}"])
+    return f"{', '.join(parts)}{OF_SPLIT[record['split']]}, seed {record['seed']}"
 
 
 def transfer_note(record: Mapping[str, Any], job: Mapping[str, Any]) -> str:

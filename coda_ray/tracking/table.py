@@ -25,7 +25,7 @@ RANKING_COLUMNS = ("split", "granularity", "method", "pairs", *_WITH_STD, "gap_c
 # Begins the columns that hold the score of one seed.
 SEED = "seed_"
 # What titles say of a split.
-OF_SPLIT: dict[str, str] = {"plate": "", "compounds": ", compounds held out"}
+OF_SPLIT: dict[str, str] = {"plate": "", "compounds": ", compounds held out", "new-compounds": ", new compounds"}
 TITLES = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
@@ -151,15 +151,15 @@ def mean_scores(tidy: pd.DataFrame) -> dict[str, float]:
     Returns
     -------
     dict
-        `mean_<metric>/<method>`, where it applies with ` per batch` or ` per plate` and ` compounds held out`, to a share
-        in [0, 1]; NaN where there is no such pair.
+        `mean_<metric>/<method>`, where it applies with ` per batch` or ` per plate` and ` compounds held out` or
+        ` new compounds`, to a share in [0, 1]; NaN where there is no such pair.
     """
     found: dict[str, float] = {}
     for metric in ("accuracy", "macro_f1"):
         for part in matrices(tidy, metric):
             granularity, split = part["granularity"].iloc[0], part["split"].iloc[0]
             unit = "" if granularity == "source" else f" per {granularity}"
-            held_out = " compounds held out" if split == "compounds" else ""
+            held_out = OF_SPLIT[split].removeprefix(",")
             means = _over_pairs(part)[1]
             found |= {f"mean_{metric}/{method}{unit}{held_out}": round(mean, 6) for method, (mean, _) in means.items()}
     return found

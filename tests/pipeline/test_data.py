@@ -1,11 +1,13 @@
-"""Which tiles are learnt from, held out and scored, by `learn_from`: selections alone, no training."""
+"""Which tiles are learnt from, held out and scored, by `learn_from` and `split`: selections alone, no training."""
 
 import numpy as np
 import pytest
 
 from coda_ray.pipeline import data
 from coda_ray.pipeline.methods.continued import adapt
+from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.train_stages import classify, pretrain
+from coda_ray.pipeline.transfer import plan, stages_of
 from coda_ray.tiles.store import COMPOUND, LABEL
 from synthetic import model_on, small_config, write_tiles
 
@@ -96,3 +98,41 @@ def test_where_no_compound_is_known_nothing_can_be_learnt_from(labs):
         data.pretraining_tiles(known(config), "a")
     with pytest.raises(data.DataError, match=told.format("b")):
         data.adaptation_tiles(known(config), "a", "b", "source", "b")
+
+
+def split(config, name):
+    return config.model_copy(update={"split": name})
+
+
+def test_new_compounds_are_in_the_adaptation_without_labels_and_in_no_training_on_the_source(labs):
+    config, _ = labs
+    held, new = split(config, "compounds"), split(config, "new-compounds")
+    names = set(data.held_out_compounds(held, "a"))
+    assert names
+    assert set(data.held_out_compounds(new, "a")) == names
+    assert not names & compounds(data.training_tiles(new, "a"))
+    assert not names & compounds(data.adaptation_tiles(held, "a", "b", "source", "b").pool)
+    adapted = data.adaptation_tiles(new, "a", "b", "source", "b")
+    assert names < compounds(adapted.anchored())
+    assert LABEL not in adapted.pool.frame
+    assert names < compounds(data.target_tiles(new, "a", "b"))
+    target, classes = data.load_tiles(new, "b"), data.classes_of(new, "a")
+    assert compounds(data.scored(new, "a", target, classes)) == names
+    assert data.scored(new, "a", target, classes).fingerprint == data.scored(held, "a", target, classes).fingerprint
+    # A label of theirs is not known either.
+    assert compounds(data.adaptation_tiles(known(new), "a", "b", "source", "b").pool) == EVERY - names
+
+
+def test_both_splits_that_hold_compounds_out_share_what_is_trained_on_the_source(labs):
+    config, _ = labs
+
+    def planned(name, kinds):
+        found = stages_of(plan(config, Request("a", "b", "coda", "source", 0, name)))
+        return {(stage.key, stage.title) for stage in found if stage.kind in kinds}
+
+    source, target = ("pretrain", "classify"), ("adapt",)
+    assert planned("new-compounds", source) == planned("compounds", source)
+    assert planned("new-compounds", source).isdisjoint(planned("plate", source))
+    assert planned("new-compounds", target).isdisjoint(planned("compounds", target) | planned("plate", target))
+    ((_, title),) = planned("new-compounds", target)
+    assert title.endswith("seed 0, new compounds")

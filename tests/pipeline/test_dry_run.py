@@ -77,18 +77,18 @@ def test_all_wells_take_more_steps(jump_metadata, tmp_path):
 def test_steps_of_a_real_pair_are_those_counted_by_hand(small_part):
     root, found = small_part
     stages = found.stages
-    # Compounds with a MoA: 140 wells of a plate, of 384. 4 plates x 9 sites, one plate held out; 6 plates x 6 sites, less 2 wells that
-    # the well table lacks.
-    training, target, learnt = 3 * 140 * 9, (6 * 384 - 2) * 6, (6 * 140 - 2) * 6
+    # 140 of the 384 wells of a plate have a MoA, 3 more one of these compounds. 4 plates x 9 sites, one plate held out; 6 plates
+    # x 6 sites, less 2 wells that the well table lacks.
+    training, labelled, target, learnt = 3 * 143 * 9, 3 * 140 * 9, (6 * 384 - 2) * 6, (6 * 143 - 2) * 6
     for method, per_sample in (("dino-cb", 2), ("dino", 1)):
         got = row(stages, f"pretrain {method} on source_8, seed 0")
-        assert (got["tiles"], got["steps"]) == (training, 300 * (training // 128)) == (3_780, 8_700)
+        assert (got["tiles"], got["steps"]) == (training, 300 * (training // 128)) == (3_861, 9_000)
         assert (got["minibatch"], got["images_per_step"]) == (128, 128 * per_sample)
-        assert got["images"] == 8_700 * 128 * per_sample
-        assert got["gpu_hours"] == pytest.approx(8_700 * 128 / 250 / 3600)
-    assert row(stages, "classify dual-cb on source_8, seed 0")["steps"] == 50 * (training // 128) == 1_450
+        assert got["images"] == 9_000 * 128 * per_sample
+        assert got["gpu_hours"] == pytest.approx(9_000 * 128 / 250 / 3600)
+    assert row(stages, "classify dual-cb on source_8, seed 0")["steps"] == 50 * (labelled // 128) == 1_450
     whole = row(stages, "adapt coda source_8 to source_10 source source_10, seed 0")
-    assert (whole["tiles"], whole["steps"], whole["minibatch"]) == (learnt, 300 * (learnt // 128), 128) == (5_028, 11_700, 128)
+    assert (whole["tiles"], whole["steps"], whole["minibatch"]) == (learnt, 300 * (learnt // 128), 128) == (5_136, 12_000, 128)
     batch = row(stages, "adapt coda source_8 to source_10 batch 2021_08_03_U2OS_48_hr_run12, seed 0")
     assert (batch["plates"], batch["steps"], batch["minibatch"]) == (1, whole["steps"], 64)
     seen = row(stages, "evaluate classify supervised on source_8, seed 0 on source_10")
@@ -150,8 +150,8 @@ def test_the_papers_matrix_from_the_real_tables(jump_metadata, tmp_path):
         assert (table.loc[source, "tiles"] == images) == (source in ("source_7", "source_8", "source_10"))
     assert (table["classes"] == 54).all()
     steps = {source: row(found.stages, f"pretrain dino-cb on {source}, seed 2")["steps"] for source in config.matrix.sources}
-    assert steps["source_3"] == 300 * ((31_500 - 1_260) // 128)
-    assert steps["source_8"] == 8_700
+    assert steps["source_3"] == 300 * (24 * 143 * 9 // 128) == 72_300
+    assert steps["source_8"] == 9_000
     for source, plate in config.held_out.items():
         assert row(found.stages, f"evaluate classify supervised on {source}, seed 0 on {source}'s held-out plate {plate}")
     assert ray.is_initialized() == running

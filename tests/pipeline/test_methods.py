@@ -287,6 +287,7 @@ def test_noise_for_the_targets_labels_changes_no_stage_but_the_profiles(finished
     config, _ = finished
     requests = [Request("a", "b", m, "source", 0) for m in METHODS]
     requests += [Request("a", "b", m, "source", 0, "compounds") for m in HOLDING_OUT]
+    requests += [Request("a", "b", m, "source", 0, "new-compounds") for m in METHODS]
 
     def keys():
         transfers = [transfer for request in requests for transfer in plan(config, request)]

@@ -1,9 +1,13 @@
 """Trials of a sweep as they are planned, without a Ray."""
 
+from dataclasses import replace
+
 import pytest
 
+from coda_ray.pipeline import data
 from coda_ray.pipeline.trial import Trial
 from coda_ray.storage import open_place
+from coda_ray.tiles.store import COMPOUND
 from synthetic import small_config, write_tiles
 
 
@@ -21,6 +25,18 @@ def test_the_unadapted_model_is_scored_on_the_tiles_that_the_trials_are_scored_o
     (cell,) = trial(tmp_path, {"granularity": granularity}, unit).cells
     assert len(cell.seen) == images
     assert cell.before.inputs["tiles"] == cell.after(None)[1].inputs["tiles"] == cell.seen.without_labels().fingerprint
+
+
+@pytest.mark.parametrize(("split", "hidden"), [("plate", False), ("compounds", True), ("new-compounds", False)])
+def test_criteria_see_no_compound_that_is_held_out_of_the_adaptation(tmp_path, split, hidden):
+    (cell,) = trial(tmp_path, {}).cells
+    config = cell.config.model_copy(update={"split": split})
+    cell = replace(cell, config=config, request=replace(cell.request, split=split))
+    held = data.held_out_compounds(config.model_copy(update={"split": "compounds"}), "a")
+    measured = cell.seen.where(~cell.seen.frame[COMPOUND].isin(held)) if hidden else cell.seen
+    assert cell.before.inputs["tiles"] == cell.after(None)[1].inputs["tiles"] == measured.without_labels().fingerprint
+    # The oracle is scored on them all the same.
+    assert set(cell.labelled.frame[COMPOUND]) >= set(held)
 
 
 def test_checkpoints_of_every_unit_are_dropped_and_nothing_else(tmp_path):

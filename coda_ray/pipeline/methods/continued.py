@@ -98,7 +98,7 @@ def adapt(
     source, pairs = pretrained.inputs["source"], added.row.pairs
     tiles = data.adaptation_tiles(config, source, target, granularity, unit)
     after = f", after {start.inputs['granularity']} {start.inputs['unit']}" if start else ""
-    title = f"adapt {added.row.name} {source} to {target} {granularity} {unit}{after}, {named(config, seed)}"
+    title = f"adapt {added.row.name} {source} to {target} {granularity} {unit}{after}, {named(config, seed, on_target=True)}"
     note = tiles.check_partners(config, title, adapting=True) if pairs else None
     optimisation = config.adapt
     if granularity != "source" and optimisation.minibatch_unit:

@@ -115,7 +115,7 @@ def correct(
     source, target
         Evaluations of that model on the source's training tiles and on the target.
     seen
-        Tiles of the target that may be fitted to: without compounds that are held out.
+        Tiles of the target that may be fitted to (`data.target_tiles`).
     granularity, unit
         What of the target the correction is fitted to.
     seed
@@ -172,7 +172,7 @@ def _check_harmony(config: Config) -> None:
     if config.split == "compounds":
         raise ConfigError(
             "method harmony with split compounds: Harmony corrects the very images that it is fitted to, so no compound can be "
-            "held out of it; leave the method out there, or score it with split plate"
+            "held out of it; leave the method out there, or score it with split new-compounds or plate"
         )
 
 

@@ -42,7 +42,7 @@ def tent(
     classifier = model.classifier
     source = classifier.inputs["source"]
     tiles = data.adaptation_tiles(config, source, target, granularity, unit)
-    title = f"adapt tent {source} to {target} {granularity} {unit}, {named(config, seed)}"
+    title = f"adapt tent {source} to {target} {granularity} {unit}, {named(config, seed, on_target=True)}"
     inputs = {
         **training_inputs(config, config.tent, seed),
         "objective": "tent",

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     model, views = make_model(options).to(device).eval(), make_views(options).to(device)
-    recipe = TttRecipe(steps=options.steps, masks=options.masks)
+    recipe = TttRecipe(steps=options.steps, masks=options.masks, trains="all")  # the more of the two
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     print(f"torch {torch.__version__}, {chip}, {options.threads} CPU thread(s), {options.repeats} repeats")
     print(

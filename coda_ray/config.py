@@ -562,7 +562,9 @@ class Ttt(Section):
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum."""
     weight_decay: float = Field(0.0, ge=0)
-    """Weight decay, on every parameter (the paper states 0.2, the released code has none)."""
+    """Weight decay, on every parameter that is trained (the paper states 0.2, the released code has none)."""
+    trains: Literal["encoder", "all"] = "encoder"
+    """What learns the image: the encoder alone, as released, or all of the autoencoder, its decoder too."""
     images_at_once: int = Field(8, ge=1)
     """Images adapted side by side, each with its own weights; changes memory and speed, not the result."""
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from coda_ray.draws import uniforms
 from coda_ray.learn.mae import MaskedAutoencoder
 
 TTT_STREAM = 1000
+# Begins the names of the encoder's parameters in a masked autoencoder.
+ENCODER = "encoder."
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,9 @@ class TttRecipe:
     masks
         Random masks of the image per step.
     lr, momentum, weight_decay
-        Settings of SGD; the decay applies to every parameter.
+        Settings of SGD; the decay applies to every parameter that is trained.
+    trains
+        What learns the image: the `encoder` alone (the released code), or `all` of the autoencoder.
     """
 
     steps: int = 20
@@ -40,6 +45,7 @@ class TttRecipe:
     lr: float = 5e-3
     momentum: float = 0.9
     weight_decay: float = 0.0
+    trains: Literal["encoder", "all"] = "encoder"
 
 
 def adapt_each(
@@ -94,8 +100,8 @@ def adapt_each(
         with torch.no_grad():
             for row, view in enumerate(views[chunk]):
                 for name, value in encoder.named_parameters():
-                    if f"encoder.{name}" in adapted:
-                        value.copy_(adapted[f"encoder.{name}"][row])
+                    if f"{ENCODER}{name}" in adapted:
+                        value.copy_(adapted[f"{ENCODER}{name}"][row])
                 said.append(readout(encoder, view[None]))
     return torch.cat(said)
 
@@ -103,7 +109,7 @@ def adapt_each(
 def adapted_parameters(
     model: MaskedAutoencoder, views: Tensor, samples: NDArray[np.int64], *, seed: int, recipe: TttRecipe
 ) -> dict[str, Tensor]:
-    """Train one copy of the trainable parameters per image, all copies at once.
+    """Train one copy of the trainable parameters (of all, or of the encoder's) per image, all copies at once.
 
     Parameters
     ----------
@@ -121,18 +127,18 @@ def adapted_parameters(
     Returns
     -------
     dict
-        Of every trainable parameter's name in `model`: (B, *shape), the values adapted to each image.
+        Of the name in `model` of every parameter that was trained: (B, *shape), the values adapted to each image.
 
     Raises
     ------
     ValueError
-        When no parameter of the model is trainable.
+        When no such parameter is trainable.
     """
     model.eval()
     values = {
         name: value.detach().expand(len(views), *value.shape).clone()
         for name, value in model.named_parameters()
-        if value.requires_grad
+        if value.requires_grad and (recipe.trains == "all" or name.startswith(ENCODER))
     }
     if not values:
         raise ValueError("no parameter of the masked autoencoder is trainable; it must not be frozen before it adapts")

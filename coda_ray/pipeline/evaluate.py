@@ -95,7 +95,10 @@ def evaluate(
     inputs = pass_inputs(config, tiles) | extractor_input(config, adapted or autoencoder)
     title = f"evaluate {(adapted or classifier).title} on {what}"
     if autoencoder:
-        inputs |= {"ttt": settings_of(config.ttt, exclude={"images_at_once"}), "mae": settings_of(config.mae), "seed": seed}
+        settings = settings_of(config.ttt, exclude={"images_at_once", "trains"})
+        # Results of before there was a choice are of the whole autoencoder; the key of the encoder alone names it.
+        settings |= {} if config.ttt.trains == "all" else {"trains": config.ttt.trains}
+        inputs |= {"ttt": settings, "mae": settings_of(config.mae), "seed": seed}
         title = title.replace(classifier.title, f"ttt of {classifier.title}")
     if standardised:
         of = adapted or classifier

@@ -40,7 +40,7 @@ def import_model(config: Config, address: str) -> tuple[Config, Model]:
     Raises
     ------
     ConfigError
-        When there is no such model, it cannot be adapted, or `split` asks for the source's compounds.
+        When there is no such model, it cannot be adapted, or `split` or `learn_from` asks for the source's compounds.
     ModelError
         When it is damaged, or tiles are prepared otherwise here.
     """
@@ -51,10 +51,10 @@ def import_model(config: Config, address: str) -> tuple[Config, Model]:
     except FileNotFoundError as error:
         raise ConfigError(f"{folder.address()}: {error}; give a folder that jobs/export.py wrote of a dual model") from None
     exported.require(config.ingest.channels, preparation_of(config), config.tiles.address)
-    if config.split != "plate":
-        raise ConfigError(
-            f"split = {config.split!r}: which compounds are held out is read from the source's tiles; give --split plate"
-        )
+    for name, given, without in (("split", config.split, "plate"), ("learn_from", config.learn_from, "all")):
+        if given != without:
+            option = f"--{name.replace('_', '-')} {without}"
+            raise ConfigError(f"{name} = {given!r}: which compounds these are is read from the source's tiles; give {option}")
     return _as_it_was_trained(config, exported, start), _stages(config, exported, start)
 
 

@@ -131,7 +131,7 @@ def test_history_counts_every_log_point_once(ray_cluster, tmp_path):
 
 
 def test_points_added_by_scoring_do_not_wear_out_the_guards_patience(ray_cluster, tmp_path):
-    guarded = {"collapse": "stop", "collapse_ceiling": 0.01, "collapse_patience": 2}
+    guarded = {"collapse": "stop", "collapse_floor": 0.0, "collapse_ceiling": 0.01, "collapse_patience": 2}
     config, _ = configs(tmp_path, dino=guarded, train={"log_every": 4, "knn_every": 1})
     stage = pretrain(config, "s", objective="dino", seed=0)
     assert stage.run(config, None)["steps"] == 7

@@ -38,7 +38,7 @@ OTHER_LINES = 4
 class Display(AbstractContextManager["Display"]):
     """Waits for stages, and shows nothing: they print how far they are."""
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, traceback: TracebackType | None) -> None:
         """Nothing was begun."""
 
     def teller(self, stage: Stage) -> Tell | None:

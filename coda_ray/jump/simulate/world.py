@@ -252,11 +252,9 @@ _PASSAGE = Spread(0.0, -3.0, 3.0)
 _RESPONSE = Spread(1.0, 0.2, 3.0, log=True)
 
 
-def _stretched(
-    record: Optics | Batch, spreads: Mapping[str, Spread], by: float | Floats, unit: float = 1.0
-) -> dict[str, float | tuple[float, ...]]:
-    """Fields of a draw at `by` times their distance from the mean."""
-    fields: dict[str, float | tuple[float, ...]] = {}
+def _stretched(record: Optics | Batch, spreads: Mapping[str, Spread], by: float | Floats, unit: float = 1.0) -> dict[str, Any]:
+    """Fields of a draw at `by` times their distance from the mean: floats, and tuples of floats."""
+    fields: dict[str, Any] = {}
     for name, spread in spreads.items():
         far = spread.scaled(getattr(record, name), by, unit)
         fields[name] = tuple(float(value) for value in far) if far.ndim else float(far)

@@ -10,7 +10,7 @@ from coda_ray.config import Config, ConfigError
 from coda_ray.jump.prepare import preparation_of
 from coda_ray.learn.exported import ADAPTATION, DESCRIPTION, WEIGHTS, ExportedModel, Start, unpack, unpack_start
 from coda_ray.learn.moments import Moments
-from coda_ray.methods import row_of
+from coda_ray.methods import ROWS, Method, row_of
 from coda_ray.pipeline.moments import SUMS
 from coda_ray.pipeline.request import Model
 from coda_ray.pipeline.stage import Stage
@@ -20,7 +20,7 @@ from coda_ray.training.checkpoints import write_tensors
 KIND = "imported"
 
 
-def import_model(config: Config, address: str) -> tuple[Config, Model]:
+def import_model(config: Config, address: str, method: Method) -> tuple[Config, Model]:
     """Read an exported model, and lay it into the results as stages that are finished.
 
     Parameters
@@ -29,6 +29,8 @@ def import_model(config: Config, address: str) -> tuple[Config, Model]:
         Settings; S3 is reached as results are.
     address
         A folder of `jobs/export.py`, of a dual model as its source gave it.
+    method
+        What is to be done with it.
 
     Returns
     -------
@@ -55,6 +57,12 @@ def import_model(config: Config, address: str) -> tuple[Config, Model]:
         if given != without:
             option = f"--{name.replace('_', '-')} {without}"
             raise ConfigError(f"{name} = {given!r}: which compounds these are is read from the source's tiles; give {option}")
+    has, row = exported.description["origin"]["method"], row_of(method)
+    if (row.model or config.baselines.model) != has or not (row.trains or method in (has, "standardise")):
+        raise ConfigError(
+            f"method = {method!r}: {folder.address()} holds a {has}, and images of its source are not at hand; give one of "
+            f"{', '.join(other.name for other in ROWS if other.trains and other.model == has)}"
+        )
     return _as_it_was_trained(config, exported, start), _stages(config, exported, start)
 
 

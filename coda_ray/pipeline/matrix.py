@@ -14,7 +14,7 @@ import ray
 from coda_ray.config import Config, ConfigError, labs_of
 from coda_ray.pipeline.display import Display, display_of
 from coda_ray.pipeline.record import TRAINING, job_record, write_job
-from coda_ray.pipeline.request import Request
+from coda_ray.pipeline.request import Model, Request
 from coda_ray.pipeline.stage import Stage
 from coda_ray.pipeline.task import Facts, cause_of, check_resources, room, submit
 from coda_ray.pipeline.transfer import Transfer, plan, score, stages_of, unadapted
@@ -81,15 +81,15 @@ def requests_of(config: Config) -> list[Request]:
     return cells + [Request(s, s, unadapted(config, method), "plate", seed, split) for split, seed, method, s in within]
 
 
-def plan_all(config: Config, requests: Sequence[Request]) -> list[Transfer]:
-    """Plan every transfer of some requests, each once.
+def plan_all(config: Config, requests: Sequence[Request], model: Model | None = None) -> list[Transfer]:
+    """Plan every transfer of some requests, each once; `model` is an imported one, which they all start from.
 
     Raises
     ------
     DataError
         When tiles, labels or partners are not there.
     """
-    return list({t.key: t for request in requests for t in plan(config, request)}.values())
+    return list({t.key: t for request in requests for t in plan(config, request, model)}.values())
 
 
 def job_key(kind: str, requests: Sequence[Request], stages: Sequence[Stage]) -> str:
@@ -142,7 +142,16 @@ def raise_failures(failures: Mapping[str, str]) -> None:
         )
 
 
-def run_transfers(config: Config, requests: Sequence[Request], *, kind: str, name: str, command: str, say: Say) -> Outcome:
+def run_transfers(
+    config: Config,
+    requests: Sequence[Request],
+    *,
+    kind: str,
+    name: str,
+    command: str,
+    say: Say,
+    model: Model | None = None,
+) -> Outcome:
     """Run what is missing of some requests, score them, and log them.
 
     Parameters
@@ -155,6 +164,8 @@ def run_transfers(config: Config, requests: Sequence[Request], *, kind: str, nam
         What the job is called, for MLflow: `adapt` or `matrix`, a title, the command line.
     say
         Receives lines of progress.
+    model
+        An imported model, which all start from; None plans them from the sources' tiles.
 
     Returns
     -------
@@ -169,7 +180,7 @@ def run_transfers(config: Config, requests: Sequence[Request], *, kind: str, nam
         At the end, when stages failed; whatever could be finished is.
     """
     results = open_place(config.results)
-    transfers = plan_all(config, requests)
+    transfers = plan_all(config, requests, model)
     stages = stages_of(transfers)
     job = job_record(
         config,
@@ -177,7 +188,7 @@ def run_transfers(config: Config, requests: Sequence[Request], *, kind: str, nam
         kind=kind,
         name=name,
         command=command,
-        pairs=[(request.source, request.target) for request in requests],
+        pairs=[(None if model else request.source, request.target) for request in requests],
         transfers=[transfer.key for transfer in transfers if len(transfer.index)],
         stages=stages,
     )

@@ -8,15 +8,18 @@ from functools import partial
 from typing import Any, NoReturn
 
 import pandas as pd
+import torch
 from pydantic import ValidationError
 
 from coda_ray.config import REGISTRY, Config, ConfigError, Granularity
 from coda_ray.jump.prepare import preparation_of
-from coda_ray.learn.exported import DESCRIPTION, WEIGHTS, ExportedModel, ModelError, pack, unpack
+from coda_ray.learn.exported import DESCRIPTION, WEIGHTS, ExportedModel, ModelError, Start, pack, unpack
 from coda_ray.methods import Method, model_with, trained_by
 from coda_ray.pipeline import networks
+from coda_ray.pipeline.methods.shot import shares_of
+from coda_ray.pipeline.moments import moments_of_all
 from coda_ray.pipeline.stage import Stage, check_made_of
-from coda_ray.pipeline.train_stages import lineage, load_model, loss_of, objective_of, root_of
+from coda_ray.pipeline.train_stages import lineage, load_model, loss_of, objective_of, root_of, stage_tensors
 from coda_ray.storage import Folder, open_place
 from coda_ray.tracking.card import CARD, model_card
 from coda_ray.tracking.records import READS_AT_A_TIME, read_records
@@ -130,7 +133,7 @@ class Export:
             before = None
         if before not in (None, self.files[DESCRIPTION]):
             raise ConfigError(f"{out.address(DESCRIPTION)}: another model is there; give another folder, or delete that one")
-        for name in (WEIGHTS, CARD, DESCRIPTION):
+        for name in sorted(self.files, key=lambda name: name == DESCRIPTION):
             out.write(name, self.files[name])
         return before is None
 
@@ -214,7 +217,7 @@ def export_of(config: Config, stored: StoredModel) -> Export:
         "initial_weights": _initial_weights(stored),
         "trained_on": [_training(stage, results) for stage in stored.stages],
     }
-    files = pack(network, networks.vit_spec(own, len(channels)), facts)
+    files = pack(network, networks.vit_spec(own, len(channels)), facts, _start(own, results, stored))
     model = unpack(files[DESCRIPTION], files[WEIGHTS], results.address(stored.last.path))
     files[CARD] = model_card(model.description, model.key, scores_of(results, stored, jobs), CARD_SCORES).encode()
     return Export(model, files, origin)
@@ -399,6 +402,26 @@ def _config_of(config: Config, results: Folder, stored: StoredModel, jobs: Seque
             f"{error.errors()[0]['msg']}; run its job again"
         ) from None
     return own.model_copy(update={"results": config.results})
+
+
+def _start(config: Config, results: Folder, stored: StoredModel) -> Start | None:
+    """Collect what an adaptation elsewhere starts from: of dual models by DINO, as their source gave them."""
+    needs = stored.classifier.needs
+    if stored.adapted or not needs or loss_of(needs[0]) not in ("dino", "dino-cb"):
+        return None
+    (pretrained,) = needs
+    dino = {name: value for name, value in stage_tensors(config, pretrained).items() if name != "centre"}
+    seen = pretrained.inputs["tiles"]["anchors"]
+    anchors = [
+        stage
+        for stage in _finished(results, "moments")
+        if [need.key for need in stage.needs] == [stored.classifier.key] and stage.inputs["tiles"] == seen
+    ]
+    try:  # the index alone, and where the source's tiles are not at hand the model ships without
+        prior = torch.tensor(shares_of(config, stored.classifier.inputs["source"], stored.classifier.inputs["classes"]))
+    except FileNotFoundError:
+        prior = None
+    return Start(dino, moments_of_all(config, anchors[0]) if anchors else None, prior)
 
 
 def _initial_weights(stored: StoredModel) -> str:

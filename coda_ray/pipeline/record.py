@@ -23,7 +23,7 @@ def job_record(
     kind: str,
     name: str,
     command: str,
-    pairs: Iterable[tuple[str, str]],
+    pairs: Iterable[tuple[str | None, str]],
     transfers: Sequence[str],
     stages: Sequence[Stage],
 ) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def write_job(results: Folder, job: Mapping[str, Any]) -> None:
     results.write(f"jobs/{job['key']}.json", json.dumps(job, indent=1).encode())
 
 
-def data_used(config: Config, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+def data_used(config: Config, pairs: Sequence[tuple[str | None, str]]) -> list[dict[str, Any]]:
     """List the tiles that a job reads, lab by lab; addresses hold no keys, for the configuration refuses them.
 
     Raises
@@ -85,11 +85,11 @@ def data_used(config: Config, pairs: Sequence[tuple[str, str]]) -> list[dict[str
         When a source has no finished plate.
     """
     roles = {
-        "source": {lab for source, _ in pairs for lab in labs_of(source)},
+        "source": {lab for source, _ in pairs if source for lab in labs_of(source)},
         "target": {lab for _, target in pairs for lab in labs_of(target)},
     }
     found = []
-    for name in dict.fromkeys(lab for ends in pairs for end in ends for lab in labs_of(end)):
+    for name in dict.fromkeys(lab for ends in pairs for end in ends if end for lab in labs_of(end)):
         index = data.stored_tiles(config, name)
         found.append(
             {

@@ -13,7 +13,7 @@ from rich.table import Table
 from coda_ray.cluster import start_ray
 from coda_ray.config import Config, ConfigError, told_in_one_line
 from coda_ray.pipeline.matrix import Outcome, StagesFailedError, run_transfers
-from coda_ray.pipeline.request import Request
+from coda_ray.pipeline.request import Model, Request
 from coda_ray.pipeline.sweep import run_sweep
 from coda_ray.pipeline.trial import ORACLE
 from coda_ray.progress import job_console
@@ -33,7 +33,7 @@ SHORT = {
 }
 
 
-def run_job(config: Config, requests: Sequence[Request], *, kind: str, name: str) -> int:
+def run_job(config: Config, requests: Sequence[Request], *, kind: str, name: str, model: Model | None = None) -> int:
     """Run a job to its exit code.
 
     Parameters
@@ -44,6 +44,8 @@ def run_job(config: Config, requests: Sequence[Request], *, kind: str, name: str
         Cells of the matrix.
     kind, name
         What the job is called.
+    model
+        An imported model, which all requests start from.
 
     Returns
     -------
@@ -64,6 +66,7 @@ def run_job(config: Config, requests: Sequence[Request], *, kind: str, name: str
                 requests,
                 kind=kind,
                 name=name,
+                model=model,
                 command=shlex.join(["python", *sys.argv]),
                 say=lambda line: console.print(line, markup=False, highlight=False),
             )

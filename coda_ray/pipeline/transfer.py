@@ -76,6 +76,8 @@ def plan(config: Config, request: Request, model: Model | None = None) -> list[T
     request
         Source, target, method, granularity, seed, split. With source = target the model is scored on the held-out plate; a
         pool, on those of all its labs.
+    model
+        The model that the method starts from, where it was imported; None plans it from the source's tiles.
 
     Returns
     -------

@@ -23,9 +23,11 @@ from coda_ray.methods import ADAPTING, NAMES, PER_UNIT, ROWS, TRAINED, row_of
 from coda_ray.pipeline import data, networks
 from coda_ray.pipeline.dry_run import survey
 from coda_ray.pipeline.evaluate import embeddings_of, predictions_of
+from coda_ray.pipeline.imported import import_model
 from coda_ray.pipeline.matrix import run_transfers
 from coda_ray.pipeline.methods import corrections
 from coda_ray.pipeline.methods.shot import terms_of
+from coda_ray.pipeline.models import choose, export_of, stored_models
 from coda_ray.pipeline.moments import moments_of_all, moments_of_tiles
 from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.task import run_missing
@@ -34,7 +36,7 @@ from coda_ray.pipeline.transfer import plan, score, stages_of, unadapted
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import COMPOUND, LABEL, read_tiles
 from coda_ray.tracking.records import transfers_frame
-from synthetic import small_config, write_tiles
+from synthetic import place, small_config, write_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = NAMES
@@ -251,6 +253,31 @@ def test_of_a_source_free_method_the_chosen_network_reads_the_images(finished):
         found[name] = load_model(own, one.evaluation.needs[0], one.trained, 2).extractor.state_dict()
         assert all(torch.equal(value, tensors[f"{name}.{key}"]) for key, value in found[name].items())
     assert not all(torch.equal(value, found["teacher"][key]) for key, value in found["student"].items())
+
+
+def test_an_exported_model_is_adapted_without_anything_of_its_source(finished, tmp_path):
+    config, _ = finished
+    results = open_place(config.results)
+    stored = choose(stored_models(results), results, method="dual-cb", source="a", seed=0)
+    assert export_of(config, stored).write(open_place(place(tmp_path / "model")))
+    (store,) = Path(config.tiles.address).iterdir()
+    shutil.copytree(store / "b", tmp_path / "tiles" / store.name / "b")
+    places = {name: {"address": str(tmp_path / name)} for name in ("tiles", "results")}
+    elsewhere = Config.model_validate({**config.model_dump(mode="json"), **places})
+    there, model = import_model(elsewhere, str(tmp_path / "model"), "coda-shot")
+    there = there.model_copy(update={"shot": there.shot.model_copy(update={"prior": "source"})})
+    request = Request("a", "b", "coda-shot", "source", 0)
+    outcome = run_transfers(there, [request], kind="adapt", name="test", command="test", say=lambda line: None, model=model)
+    assert set(outcome.transfers["method"]) == {"dual-cb", "coda-shot"}
+    at_home = config.model_copy(update={"shot": there.shot})
+    first, again = planned(at_home, "coda-shot")[-1], plan(there, request, model)[-1]
+    run_missing([first.trained], at_home)
+    ours, theirs = stage_tensors(at_home, first.trained), stage_tensors(there, again.trained)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
+    with pytest.raises(ConfigError, match=r"method = 'oda': .* holds a dual-cb, .* give one of coda, moments, shot, coda-shot"):
+        import_model(elsewhere, str(tmp_path / "model"), "oda")
+    with pytest.raises(ConfigError, match=r"nothing: .*give a folder that jobs/export.py wrote"):
+        import_model(elsewhere, str(tmp_path / "nothing"), "coda")
 
 
 def test_weights_of_terms_and_the_prior_are_part_of_a_key_where_they_count(finished):

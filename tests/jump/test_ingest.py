@@ -104,6 +104,25 @@ def test_each_planted_defect_is_found_and_nothing_else(broken_bucket, tmp_path):
     assert len(index) == summary.tiles
 
 
+def test_one_plate_per_lab_with_unknown_compounds_and_unbalanced_classes(ray_cluster, tmp_path):
+    shape = {"batches_per_source": 1, "field_px": 64, "unknown_moas": 1, "unknown_only_in": ["sim_b"]}
+    bucket = write_tiny(tmp_path / "bucket", **shape, imbalance=2.0, imbalance_by_source=True)
+    config = config_of(bucket, tmp_path / "tiles")
+    summary = ingest(config)
+    record = json.loads((bucket / "simulation.json").read_text())
+    (secret,) = record["unknown_moas"].values()
+    unknown = {compound["jcp2022"] for compound in secret["compounds"].values()}
+    index = tables_of(config)
+    assert len(index) == summary.tiles
+    assert not any(notes_of(config).values())
+    for source, here in index.groupby("Metadata_Source"):
+        assert here["Metadata_Plate"].nunique() == here["Metadata_Batch"].nunique() == 1
+        held = record["sources"][source]["moa_wells"]
+        assert here["Metadata_MoA"].value_counts().to_dict() == {moa: held[moa] for moa in record["moas"]}
+        nameless = here[here["Metadata_MoA"].isna() & here["Metadata_Control"].isna()]
+        assert set(nameless["Metadata_JCP2022"]) == (unknown if source == "sim_b" else set())
+
+
 def test_tiles_hold_what_a_slow_preparation_gives(tiny_bucket, tmp_path):
     """Supplied illumination, both layouts: pixels against the steps one by one, read by paths written out by hand."""
     bucket = tiny_bucket.folder

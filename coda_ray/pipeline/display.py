@@ -24,7 +24,7 @@ from coda_ray.progress import Tell
 LOOK_EVERY_S = 1.0
 # Redrawing this often costs the driver about 1 % of a core.
 REDRAWN_PER_S = 2
-# Columns of a bar: the least up to 80 columns, of which a wider terminal gives half of what it has more to the bars.
+# Columns of a bar, which takes what titles leave.
 LEAST_BAR, MOST_BAR = 10, 40
 # Columns that titles keep at least; there are no bars where there is no room for both.
 LEAST_TITLE = 40
@@ -149,10 +149,11 @@ def picture(view: View, width: int, height: int) -> Group:
     counts = [*(f"{row.done}/{row.total}" if row.total else "" for row in rows), ""]
     times = [*map(_time_of, rows), _time_of_all(view)]
     amounts = [*((row.done, row.total) for row in rows), (view.finished, view.total)]
-    bar = min(MOST_BAR, max(LEAST_BAR, LEAST_BAR + (width - 80) // 2))
+    longest = max(map(len, titles))
     # What counts and times leave, with a column between any two and one that stays free.
     rest = width - 1 - sum(used + 1 for used in (max(map(len, counts)), max(map(len, times))) if used)
-    bar = bar if rest - bar - 1 >= min(LEAST_TITLE, max(map(len, titles))) else 0
+    bar = min(MOST_BAR, max(LEAST_BAR, rest - longest - 1))
+    bar = bar if rest - bar - 1 >= min(LEAST_TITLE, longest) else 0
     rest -= bar + 1 if bar else 0
     table = Table.grid(padding=(0, 1, 0, 0))
     for title, (part, whole), count, spent in zip(titles, amounts, counts, times, strict=True):

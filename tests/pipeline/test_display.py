@@ -5,16 +5,22 @@ import os
 import pty
 import re
 import sys
+import threading
+from contextlib import suppress
 
 import pytest
 import ray
 from rich.console import Console
 
+from coda_ray import progress
 from coda_ray.config import Train
 from coda_ray.pipeline import display
 from coda_ray.pipeline.display import Display, LiveDisplay, display_of, duration, picture, shortened
+from coda_ray.pipeline.report import run_job
+from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.standing import Row, Standing, View
 from invented import invented_chain
+from synthetic import small_config, write_tiles
 
 LEARN, ADAPT, *_ = STAGES = invented_chain()
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"  # the cursor
@@ -196,6 +202,68 @@ def test_pipes_and_files_do_not_even_where_colours_are_forced(chosen, monkeypatc
     assert chosen(io.StringIO()) is Display
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert chosen(io.StringIO()) is Display
+
+
+@pytest.fixture
+def on_a_terminal(monkeypatch):
+    """Run something on a terminal of 80 columns; give what was written there."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    # However fast a stage is, it is seen.
+    monkeypatch.setattr(display, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(display, "REDRAWN_PER_S", 100)
+
+    def run(what):
+        ours, theirs = pty.openpty()
+        chunks = []
+
+        def read():
+            with suppress(OSError):  # the other end is closed
+                while chunk := os.read(ours, 65536):
+                    chunks.append(chunk)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", terminal)
+            console = Console()
+            for module in (display, progress):
+                patch.setattr(module, "get_console", lambda: console)
+            what()
+        reader.join()
+        os.close(ours)
+        return b"".join(chunks).decode()
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_small_matrix_on_a_terminal(ray_cluster, tmp_path, monkeypatch, on_a_terminal, dead):
+    config = small_config(tmp_path)
+    for source in ("a", "b"):
+        write_tiles(config, source, batches=2)
+    if dead:
+        make = display.Tally
+        monkeypatch.setattr(display, "Tally", lambda: killed(make()))
+    request = Request("a", "b", "supervised", "source", 0)
+    written = on_a_terminal(lambda: run_job(config, [request], kind="adapt", name="small"))
+    assert written.index(HIDE) < written.index("of 2 stages finished") < written.rindex(SHOW)
+    assert bool(re.search(r"classify supervised on a, seed 0 .*\d/4 ", written)) != dead
+    lines = screen(written)
+    assert lines[:3] == [
+        "2 stages, 0 of them finished before",
+        "[1/2] classify supervised on a, seed 0",
+        "[2/2] evaluate classify supervised on a, seed 0 on b",
+    ]
+    assert not any("━━━━━━━━━━" in line or "waiting" in line for line in lines[:4])
+    assert any(line.startswith("transfers: ") for line in lines[4:])
+
+
+def killed(tally):
+    ray.kill(tally.actor)
+    return tally
 
 
 def test_elsewhere_stages_print_for_themselves(monkeypatch):

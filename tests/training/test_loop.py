@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from ray import cloudpickle
 
 from coda_ray.pipeline.methods.continued import adapt
+from coda_ray.pipeline.tally import Tally
 from coda_ray.pipeline.train_stages import classify, paused, pretrain
 from coda_ray.storage import open_place
 from coda_ray.training.checkpoints import read_tensors
@@ -59,10 +61,13 @@ def configs(tmp_path, **sections):
     return first, second
 
 
-def test_a_run_that_was_broken_off_continues_to_the_bit(ray_cluster, tmp_path):
+def test_a_run_that_was_broken_off_continues_to_the_bit(ray_cluster, tmp_path, capsys):
     first, second = configs(tmp_path)
     stage = pretrain(first, "s", objective="dino-cb", seed=0)
     stage.run(first, None)
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        f"{stage.title}: step {step}/7" for step in range(1, 8)
+    ]
     broken = pretrain(second, "s", objective="dino-cb", seed=0)
     assert broken.key == stage.key
     with pytest.raises(ConnectionError):
@@ -70,7 +75,12 @@ def test_a_run_that_was_broken_off_continues_to_the_bit(ray_cluster, tmp_path):
     assert broken.facts(open_place(second.results)) is None
     kept = open_place(second.results).names(f"{broken.path}/checkpoints")
     assert kept == ["step-00000002", "step-00000004"]
-    broken.run(second, None)
+    capsys.readouterr()
+    told = []
+    broken.run(second, None, lambda done, total: told.append((done, total)))
+    assert told == [(4, 7), (5, 7), (6, 7), (7, 7)]
+    (line,) = capsys.readouterr().out.splitlines()  # who is told how far it is is not told twice
+    assert "continues at step 4" in line
     assert_same(weights_of(first, stage), weights_of(second, broken))
 
 
@@ -224,7 +234,9 @@ def alone(ray_cluster, tmp_path_factory):
 def test_a_group_of_which_a_worker_dies_does_what_one_worker_does(alone, tmp_path):
     first, second, stage = alone
     grouped = pretrain(second, "s", objective="dino-cb", seed=0)
-    facts = grouped.run(on(second, "1-2"), Breaks(tmp_path / "died", 6, "exit"))
+    tally = Tally()
+    facts = grouped.run(on(second, "1-2"), Breaks(tmp_path / "died", 6, "exit"), tally.teller(grouped.key))
+    assert ray.get(tally.actor.take.remote()) == {grouped.key: (7, 7)}
     assert (tmp_path / "died").exists()
     assert facts["workers"] == 2
     assert_same(weights_of(first, stage), weights_of(second, grouped), tolerance=2e-3)

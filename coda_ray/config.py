@@ -621,8 +621,8 @@ class Baselines(Section):
     model: UnadaptedMethod = "dual-cb"
     """The unadapted model that they start from."""
     zscore: Literal["all", "dmso", "none"] = "all"
-    """sphering, coral: features are first brought to mean 0 and standard deviation 1, plate by plate, of all its images or of
-    those of its DMSO wells."""
+    """sphering: features are first brought to mean 0 and standard deviation 1, plate by plate, of all its images or of those of
+    its DMSO wells."""
     sphering: Literal["joint", "apart"] = "joint"
     """One whitening, fitted on the DMSO wells of source and unit together, or one for each."""
     sphering_epsilon: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"

@@ -101,7 +101,7 @@ def correct(
     - `probe`: not corrected; what the linear classifier does by itself;
     - `sphering`: each plate scaled by itself, then typical variation normalisation: one whitening, fitted on the DMSO images of
       source and unit (section `baselines` has other ways, and ε);
-    - `coral`: each plate scaled by itself, then the source's features coloured like the unit's;
+    - `coral`: source and unit scaled by themselves, then the source's features coloured like the unit's;
     - `harmony`: source and unit together, batch by batch; only images of the unit get a prediction.
 
     Parameters
@@ -131,7 +131,12 @@ def correct(
     labelled = data.training_tiles(config, classifier.inputs["source"]).labelled()
     column = UNIT_COLUMNS[granularity]
     inputs: dict[str, Any] = {"method": method, "unit": [column, unit], "labels": labelled.fingerprint}
-    inputs |= {"seed": seed} if method == "harmony" else _scaling_inputs(config, method, seen)
+    if method == "sphering":
+        inputs |= _sphering_inputs(config, seen)
+    if method == "coral":
+        inputs["seen"] = seen.without_labels().fingerprint
+    if method == "harmony":
+        inputs["seed"] = seed
     title = f"{method} of {target.title}, fitted to {granularity} {unit}"
     classes = tuple(classifier.inputs["classes"])
     make = partial(_make, config, title, method, source, target, labelled, seen.without_labels(), classes, (column, unit), seed)
@@ -147,20 +152,17 @@ def corrected(
     return correct(config, method, model.classifier, source, before, seen, granularity=granularity, unit=unit, seed=request.seed)
 
 
-def _scaling_inputs(config: Config, method: Correction, seen: TileIndex) -> dict[str, Any]:
-    """List the settings that decide a correction by scaling, and its tiles where others than DMSO take part.
+def _sphering_inputs(config: Config, seen: TileIndex) -> dict[str, Any]:
+    """List the settings that decide a sphering, and its tiles where others than DMSO take part.
 
-    Sphering apart, without scores of plates and by a given ε, is what it was before there was another: its key holds no more.
+    Apart, without scaled plates and by a given ε it is what it was before there were other ways: its key holds no more.
     """
-    if method == "probe":
-        return {}
     settings = config.baselines
-    inputs: dict[str, Any] = {} if settings.zscore == "none" else {"zscore": settings.zscore}
     chosen = settings.sphering_epsilon == "auto"
-    if method == "sphering":
-        inputs["epsilon"] = list(EPSILONS) if chosen else settings.sphering_epsilon
-        inputs |= {"sphering": "joint"} if settings.sphering == "joint" else {}
-    if method == "coral" or settings.zscore == "all" or chosen:
+    inputs: dict[str, Any] = {"epsilon": list(EPSILONS) if chosen else settings.sphering_epsilon}
+    inputs |= {} if settings.zscore == "none" else {"zscore": settings.zscore}
+    inputs |= {} if settings.sphering == "apart" else {"sphering": settings.sphering}
+    if chosen or settings.zscore == "all":
         inputs["seen"] = seen.without_labels().fingerprint
     return inputs
 
@@ -241,9 +243,8 @@ def _corrected(run: CorrectionRun, source: Side, target: Side) -> tuple[Rows, Ro
         return mixed[: len(source.features)], mixed[len(source.features) :], {}
     if run.method == "probe":
         return source.features, target.features, {}
-    source, target = (_scaled(run, side) for side in (source, target))
     if run.method == "sphering":
-        return _sphered(run, source, target)
+        return _sphered(run, *(_scaled(run, side) for side in (source, target)))
     coral = Coral.fit(source.features[source.fitted], target.features[target.fitted])
     return coral.transform_source(source.features), coral.transform_target(target.features), {}
 

@@ -104,7 +104,9 @@ def test_a_pool_of_labs_is_trained_on_and_scored_on_another(job, tiny_bucket, tm
     brief = {"steps": 2, "minibatch": 8}
     stages = {"pretrain": brief, "classify": {**brief, "validate_every": 2}, "adapt": brief}
     matrix = {"sources": [["sim_b", "sim_a"]], "targets": ["sim_a", "sim_c"], "methods": ["standardise", "coda"]}
-    file = small(tmp_path, tiny_bucket, ingest={"channels": ["DNA"]}, matrix=matrix, **stages)
+    model = {"arch": "vit", "patch": 16, "width": 48, "depth": 2, "heads": 3, "init": "fan-in"}  # of one channel
+    views = {"tile_crop": 40, "size_global": 32, "size_local": 16, "locals_per_sample": 2}
+    file = small(tmp_path, tiny_bucket, ingest={"channels": ["DNA"]}, views=views, model=model, matrix=matrix, **stages)
     job("ingest.py", "--config", file)
     shown = job("matrix.py", "--config", file)
     assert "sim_a+sim_b → sim_c" in shown

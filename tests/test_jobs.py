@@ -93,9 +93,11 @@ def test_the_demo_does_not_hold_the_keys_of_the_person_who_runs_it(monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
 def test_every_configuration_is_valid_and_prints_itself(name):
-    done = job("matrix.py", "--config", f"configs/{name}", "--print-config")
+    own = name == "backbone.yaml"  # which no other job reads
+    done = job("backbone.py" if own else "matrix.py", "--config", f"configs/{name}", "--print-config")
     assert done.returncode == 0, done.stderr
-    assert yaml.safe_load(done.stdout)["matrix"]["sources"]
+    told = yaml.safe_load(done.stdout)
+    assert told["world" if own else "matrix"]["sources"]
 
 
 MATRIX = {"sources": ["a"], "targets": ["b"], "methods": ["supervised", "oda", "coda"], "granularities": ["source"], "seeds": [0]}

@@ -9,6 +9,7 @@ from typing import Any, cast
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
 from timm.layers.attention import Attention
 from timm.layers.config import set_fused_attn
 from timm.models.vision_transformer import VisionTransformer
@@ -267,6 +268,9 @@ def initialise(vit: VisionTransformer, init: str) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"init = {init!r}: no such file; give the path of a .safetensors file")
     state = {key: value.float() for key, value in load_file(path).items() if not key.startswith("head.")}
+    if init == "simulated":  # made for views of 96 px; others see the same patches on another grid
+        side = list(vit.patch_embed.grid_size)
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], side, num_prefix_tokens=1)
     load_exactly(vit, state, str(path))
 
 

@@ -126,7 +126,7 @@ def test_a_file_of_another_model_is_refused_by_key_and_shape(tmp_path: Path) -> 
 
 def test_a_path_that_cannot_be_a_weight_file(tmp_path: Path) -> None:
     vit = build_vit(SMALL, drop_path=0.0)
-    with pytest.raises(ValueError, match=r"init = 'weights\.pth': give imagenet, random"):
+    with pytest.raises(ValueError, match=r"init = 'weights\.pth': give imagenet, simulated, random"):
         initialise(vit, "weights.pth")
     with pytest.raises(FileNotFoundError, match="no such file"):
         initialise(vit, str(tmp_path / "absent.safetensors"))

@@ -120,7 +120,7 @@ def test_strategies_share_what_they_have_in_common(stored):
     ("sections", "told"),
     [
         ({"online": {"source": None}}, r"online\.source is empty; give --online\.source"),
-        ({"online": {"target": "a"}}, r"online\.target = 'a': it is the source too; name another"),
+        ({"online": {"target": "a"}}, r"online\.target = 'a': it is the source too, or a lab of it; name another"),
         ({"online": {"strategies": []}}, r"online\.strategies is empty"),
         ({"online": {"seeds": []}}, r"online\.seeds is empty"),
         ({"adapt": {"plates": ["bb0p0"]}}, r"adapt\.plates = \['bb0p0'\]: the order of arrival says which plates are known"),

@@ -301,7 +301,7 @@ def test_titles_tell_the_splits_apart(tmp_path):
 
 def test_unknown_units_plates_and_sources_are_told(tmp_path):
     config = world(tmp_path)
-    with pytest.raises(DataError, match=r"b: no batch 'x' is known, but b0, b1; see adapt\.plates and adapt\.unit"):
+    with pytest.raises(DataError, match=r"b: no batch 'x' is known, but b0, b1; see adapt\.plates, adapt\.unit, learn_from"):
         data.adaptation_tiles(config, "a", "b", "batch", "x")
     wrong = world(tmp_path / "w", held_out={"a": "nope"})
     with pytest.raises(DataError, match=r"held_out\.a = 'nope': no such plate; a has ab0p0"):

@@ -22,7 +22,7 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayTaskError
 
-from coda_ray.config import Config, Ingest
+from coda_ray.config import POOL, Config, Ingest
 from coda_ray.jump.layout import METADATA, PlateName, find_image_list, map_address, parse_image_list
 from coda_ray.jump.plates import IlluminationFunctions, PlateFacts, measure_plate
 from coda_ray.jump.prepare import BadImageError, correct, preparation_of, read_image, reduction, stretch, tile_shape
@@ -183,6 +183,7 @@ def run_ingest(config: Config, report: Callable[[Progress], None]) -> IngestSumm
         name: facts for name in lists if (facts := store.folder.read_json(f"{store.plate_path(*name)}/plate.json")) is not None
     }
     todo = [name for name in lists if name not in before]
+    _check_sources(todo)
     _check_pixel_sizes(todo, tables, config.ingest)
     plates = [_Plate(name, rows, []) for name in todo if (rows := lists[name]) is not None]
     if not own:
@@ -245,6 +246,15 @@ def _read_lists(bucket: Folder, ingest: Ingest, names: Sequence[PlateName], note
             else:
                 plates.append(_Plate(name, found, []))
     return plates
+
+
+def _check_sources(names: Sequence[PlateName]) -> None:
+    """Refuse a source whose name reads as a pool of labs."""
+    pooled = next((name.source for name in names if POOL in name.source), None)
+    if pooled is not None:
+        raise IngestError(
+            f"Metadata_Source = {pooled!r}: {POOL} stands between the labs of a pool, and in no lab's name; rename the source"
+        )
 
 
 def _check_pixel_sizes(names: Sequence[PlateName], tables: Tables, ingest: Ingest) -> None:

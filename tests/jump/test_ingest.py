@@ -345,6 +345,13 @@ def test_a_list_of_ones_own_must_name_source_batch_and_plate(ray_cluster, tmp_pa
         ingest(config_of(tmp_path, tmp_path / "tiles", image_list=str(tmp_path / "none.csv")))
 
 
+def test_a_source_that_reads_as_a_pool_is_refused(tmp_path):
+    path = real_list(tmp_path / "list.csv")
+    pd.read_csv(path).assign(Metadata_Source="a+b").to_csv(path, index=False)
+    with pytest.raises(IngestError, match=r"Metadata_Source = 'a\+b': \+ stands between the labs of a pool.*rename the source"):
+        ingest(config_of(tmp_path, tmp_path / "tiles", image_list=str(path)))
+
+
 def test_nothing_to_do_tells_of_plates_left_out():
     summary = IngestSummary("here", 0, 5, 0, 2, 0, {}, 0, 1.0, ("s/b/p: no image list in the bucket; left out",))
     assert summary.text().splitlines()[:2] == [

@@ -402,7 +402,7 @@ class Dino(Section):
     """How long the head's last layer stays frozen."""
     collapse: Literal["stop", "warn", "off"] = "warn"
     """What the collapse guard does when the teacher's outputs lose their entropy."""
-    collapse_floor: float = Field(0.7, ge=0, le=1)
+    collapse_floor: float = Field(0.6, ge=0, le=1)
     """Collapsed: entropy of the mean teacher output below this share of ln(N): all samples fall on few prototypes. N is the least
     of the number of compounds, of a worker's samples in a step, and of out_dim; no label takes part."""
     collapse_ceiling: float = Field(0.999, ge=0, le=1)

@@ -336,6 +336,12 @@ def test_test_time_training_is_one_image_at_a_time(finished):
     assert np.abs(found - plain).max() > 1e-6
 
 
+def test_results_of_test_time_training_before_it_was_of_the_encoder_alone_are_those_of_the_whole(tmp_path):
+    settings = {trains: world(tmp_path, ttt={"trains": trains}) for trains in ("encoder", "all")}
+    inputs = {trains: planned(config, "ttt")[-1].evaluation.inputs["ttt"] for trains, config in settings.items()}
+    assert inputs == {"encoder": {"steps": 2, "masks": 4, "trains": "encoder"}, "all": {"steps": 2, "masks": 4}}
+
+
 def test_tent_moves_nothing_but_norms(finished):
     config, _ = finished
     trained = planned(config, "tent")[-1].trained

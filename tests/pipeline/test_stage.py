@@ -27,7 +27,7 @@ DEFAULTS = {
         "head_hidden": 2048, "head_bottleneck": 256, "out_dim": 4096, "student_temperature": 0.1, "teacher_temperature": 0.07,
         "teacher_temperature_start": 0.04, "teacher_temperature_ramp": "30 epochs", "centering": "mean", "centre_momentum": 0.9,
         "koleo_weight": 0.0, "ema_start": 0.996, "ema_end": 1.0, "drop_path": 0.1, "freeze_last_layer": "1 epochs",
-        "collapse": "warn", "collapse_floor": 0.7, "collapse_ceiling": 0.999, "collapse_patience": 10,
+        "collapse": "warn", "collapse_floor": 0.6, "collapse_ceiling": 0.999, "collapse_patience": 10,
     },
     "pretrain": OPTIMISATION,
     "classify": {

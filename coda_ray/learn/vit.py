@@ -9,9 +9,9 @@ from typing import Any, cast
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.layers import resample_abs_pos_embed
 from timm.layers.attention import Attention
 from timm.layers.config import set_fused_attn
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention

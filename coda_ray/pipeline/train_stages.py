@@ -418,4 +418,4 @@ def _validate(
     )
     labels = data.label_codes(index, classes)[found.rows]
     loss = cross_entropy(torch.from_numpy(found.values), torch.from_numpy(labels))
-    return {"held_out_accuracy": float((found.values.argmax(1) == labels).mean()), "held_out_loss": float(loss)}
+    return {"held_out_accuracy": float((found.values.argmax(1) == labels).mean()), "held_out_cross_entropy": float(loss)}

@@ -73,7 +73,7 @@ class Work:
     monitor
         Scores.
     plateau
-        Lowers the learning rate by the monitor's `held_out_loss` and `held_out_accuracy`.
+        Lowers the learning rate by the monitor's `held_out_cross_entropy` and `held_out_accuracy`.
     """
 
     objective: Objective
@@ -259,7 +259,7 @@ class _Worker:
             self.best = {"score": scores[monitor.select], "step": self.step}
             self.best_tensors = {k: v.detach().cpu().clone() for k, v in self.objective.state_dict().items()}
         if self.work.plateau is not None:
-            self.work.plateau.watch(scores["held_out_loss"], scores["held_out_accuracy"])
+            self.work.plateau.watch(scores["held_out_cross_entropy"], scores["held_out_accuracy"])
         return scores
 
     def _share_rate(self) -> None:

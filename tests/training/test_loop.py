@@ -172,7 +172,7 @@ def test_a_rate_that_falls_on_a_plateau_falls_at_the_same_steps_after_a_break(ra
     rates = straight["lr"].to_pylist()
     assert rates[0] == pytest.approx(1e-7)
     assert rates[-1] < 1e-12
-    for name in ("lr", "held_out_loss", "held_out_accuracy"):
+    for name in ("lr", "held_out_cross_entropy", "held_out_accuracy"):
         assert resumed[name].to_pylist() == straight[name].to_pylist(), name
     assert_same(weights_of(first, stage), weights_of(second, broken))
 

@@ -84,6 +84,7 @@ def test_a_dumped_config_reads_back(tmp_path):
         (["--matrix.targets", "a+b"], r"matrix\.targets = 'a\+b': a pool of labs can be a source alone; .*each by itself: a, b"),
         (["--online.target", "a+b"], r"online\.target = 'a\+b': a pool of labs can be a source alone"),
         (["--tune.pairs", '[["a+b", "a"]]'], r"tune\.pairs = .*'a' is adapted to itself: it is the source, or a lab of it"),
+        (["--baselines.sphering_epsilon", "0"], r"^baselines\.sphering_epsilon = '0': .* be 'auto'.*\n.*greater than 0"),
         (["stray"], r"'stray' belongs to no option"),
     ],
 )

@@ -46,6 +46,8 @@ KEYS = {
     ("standardise", "batch"): "c6256cf003a4c49f",
     ("sphering", "source"): "244c4f8a3a5ddd35",
     ("sphering", "batch"): "b14aa2bbb43ca767",
+    ("coral", "source"): "b1575bee7640bca7",
+    ("coral", "batch"): "de1426dc54fc941f",
     ("harmony", "source"): "eceda5dc90715486",
     ("harmony", "batch"): "fd5aa200bf1ac51d",
     ("tent", "source"): "a1cf7dafcbaa0746",

@@ -10,10 +10,11 @@ from coda_ray.config import Config, ConfigError
 from coda_ray.jump.prepare import preparation_of
 from coda_ray.learn.exported import ADAPTATION, DESCRIPTION, WEIGHTS, ExportedModel, Start, unpack, unpack_start
 from coda_ray.learn.moments import Moments
+from coda_ray.learn.vit import spec_of
 from coda_ray.methods import ROWS, Method, row_of
 from coda_ray.pipeline.moments import SUMS
 from coda_ray.pipeline.request import Model
-from coda_ray.pipeline.stage import Stage
+from coda_ray.pipeline.stage import Stage, not_run
 from coda_ray.storage import Folder, open_place
 from coda_ray.training.checkpoints import write_tensors
 
@@ -68,17 +69,12 @@ def import_model(config: Config, address: str, method: Method) -> tuple[Config, 
 
 def _as_it_was_trained(config: Config, exported: ExportedModel, start: Start) -> Config:
     """Take the sizes of the networks and of the views from the model."""
-    told, view = exported.description["timm"], exported.description["view"]
-    names = {"patch": "patch_size", "width": "embed_dim", "depth": "depth", "heads": "num_heads"}
-    sizes = {own: told[theirs] for own, theirs in names.items() if theirs in told}
-    arch = "vit" if "embed_dim" in told else told["model_name"]
-    head = {f"head_{name}" if name != "out_dim" else name: size for name, size in start.head.items()}
-    updates: dict[str, Any] = {
-        "model": config.model.model_copy(update={"arch": arch, "init": "random", **sizes}),
-        "views": config.views.model_copy(update={"tile_crop": view["tile_crop"], "size_global": view["size"]}),
-        "dino": config.dino.model_copy(update=head),
-    }
-    return Config.model_validate({**config.model_dump(), **{name: section.model_dump() for name, section in updates.items()}})
+    spec, view, head = spec_of(exported.description["timm"]), exported.description["view"], start.head
+    values, sizes = config.model_dump(), {name: getattr(spec, name) for name in ("patch", "width", "depth", "heads")}
+    values["model"] |= {"arch": spec.name, "init": "random"} | {name: size for name, size in sizes.items() if size is not None}
+    values["views"] |= {"tile_crop": view["tile_crop"], "size_global": view["size"]}
+    values["dino"] |= {"head_hidden": head["hidden"], "head_bottleneck": head["bottleneck"], "out_dim": head["out_dim"]}
+    return type(config).model_validate(values)
 
 
 def _stages(config: Config, exported: ExportedModel, start: Start) -> Model:
@@ -113,7 +109,7 @@ def _finished(
     file: str = "model.safetensors",
 ) -> Stage:
     """Write a stage that is finished, unless it is there."""
-    stage = Stage(KIND, title, inputs, _not_run, needs)
+    stage = Stage(KIND, title, inputs, not_run, needs)
     if stage.facts(results) is None:
         folder = results.child(stage.path)
         note = {"stage": KIND, "key": stage.key, "title": title, "inputs": inputs, "needs": [need.path for need in needs]}
@@ -121,8 +117,3 @@ def _finished(
         facts = {"sha256": write_tensors(folder, file, dict(tensors)), "plates": [inputs["source"]]}
         folder.write("done.json", json.dumps(facts, indent=1).encode())
     return stage
-
-
-def _not_run(folder: Folder, report: object) -> Any:
-    """Stand in for the work of a stage that came finished."""
-    raise NotImplementedError(f"{folder.address()} came with an exported model; import the model again")

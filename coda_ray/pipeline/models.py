@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,7 +18,7 @@ from coda_ray.methods import Method, model_with, trained_by
 from coda_ray.pipeline import networks
 from coda_ray.pipeline.methods.shot import shares_of
 from coda_ray.pipeline.moments import moments_of_all
-from coda_ray.pipeline.stage import Stage, check_made_of
+from coda_ray.pipeline.stage import Stage, check_made_of, not_run
 from coda_ray.pipeline.train_stages import lineage, load_model, loss_of, objective_of, root_of, stage_tensors
 from coda_ray.storage import Folder, open_place
 from coda_ray.tracking.card import CARD, model_card
@@ -322,7 +322,7 @@ def read_stage(results: Folder, path: str) -> Stage:
     try:
         note = json.loads(results.read(f"{path}/stage.json"))
         needs = tuple(read_stage(results, need) for need in note["needs"])
-        stage = Stage(note["stage"], note["title"], note["inputs"], _not_run_from_here, needs)
+        stage = Stage(note["stage"], note["title"], note["inputs"], not_run, needs)
     except FileNotFoundError:
         raise ConfigError(f"{results.address(path)}: there is no stage; correct the address") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -335,11 +335,6 @@ def read_stage(results: Folder, path: str) -> Stage:
     if stage.facts(results) is None:
         raise ConfigError(f"{results.address(path)}: {stage.title} is not finished; run its job again")
     return stage
-
-
-def _not_run_from_here(folder: Folder, report: object) -> NoReturn:
-    """Stand in for the work of a stage that was read back."""
-    raise NotImplementedError(f"{folder.address()} was read back to be looked at, not to be run")
 
 
 def _under(adapted: Stage, classifiers: Sequence[Stage]) -> list[Stage]:

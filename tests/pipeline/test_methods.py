@@ -36,6 +36,7 @@ from coda_ray.pipeline.transfer import plan, score, stages_of, unadapted
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import COMPOUND, LABEL, read_tiles
 from coda_ray.tracking.records import transfers_frame
+from jobs.adapt import AdaptJob
 from synthetic import place, small_config, write_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -263,7 +264,8 @@ def test_an_exported_model_is_adapted_without_anything_of_its_source(finished, t
     (store,) = Path(config.tiles.address).iterdir()
     shutil.copytree(store / "b", tmp_path / "tiles" / store.name / "b")
     places = {name: {"address": str(tmp_path / name)} for name in ("tiles", "results")}
-    elsewhere = Config.model_validate({**config.model_dump(mode="json"), **places})
+    asked = {"exported": str(tmp_path / "model"), "target": "b", "method": "coda-shot", "granularity": "source"}
+    elsewhere = AdaptJob.model_validate({**config.model_dump(mode="json"), **places, **asked})
     there, model = import_model(elsewhere, str(tmp_path / "model"), "coda-shot")
     there = there.model_copy(update={"shot": there.shot.model_copy(update={"prior": "source"})})
     request = Request("a", "b", "coda-shot", "source", 0)

@@ -6,6 +6,7 @@ from typing import Any
 
 from coda_ray.config import Config, ConfigError, Granularity, labs_of
 from coda_ray.jump.prepare import preparation_of
+from coda_ray.methods import row_of
 from coda_ray.pipeline.matrix import raise_failures, run_stages
 from coda_ray.pipeline.methods.plans import TRAINED
 from coda_ray.pipeline.models import Export, StoredModel, export_of, read_stage, stored_models
@@ -101,7 +102,10 @@ class Models:
     def identity(self) -> dict[str, Any]:
         """What one ledger stands for: a change of it would make another's plates out of these."""
         config, settings = self.config, self.config.watch
-        adapting = {"adapt": settings_of(config.adapt), settings.method: self.base.classifier.key}
+        adapting: dict[str, Any] = {"adapt": settings_of(config.adapt), settings.method: self.base.classifier.key}
+        own = row_of(settings.method).section
+        if own and own != "adapt":
+            adapting[f"section {own}"] = settings_of(getattr(config, own))
         return {
             "bucket.address": config.bucket.address,
             "ingest.dataset": config.ingest.dataset,

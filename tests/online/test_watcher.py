@@ -13,7 +13,7 @@ import pytest
 import tifffile
 from scipy.ndimage import zoom
 
-from coda_ray.config import ConfigError, told_in_one_line
+from coda_ray.config import Config, ConfigError, told_in_one_line
 from coda_ray.jump.ingest import IngestError, run_ingest
 from coda_ray.jump.simulate.defects import spoil_file
 from coda_ray.jump.simulate.deliver import deliver_plate
@@ -34,7 +34,7 @@ from coda_ray.tiles.store import TileStore
 from coda_ray.tracking.registry import RegistryError
 from coda_ray.tracking.runs import Tracker
 from simulated import write_tiny
-from synthetic import place, small_config
+from synthetic import place, small_config, write_tiles
 
 pytestmark = pytest.mark.long
 SETTINGS = PRESETS["tiny"].model_copy(update={"sources": ["sim_a", "sim_b"]})
@@ -555,6 +555,18 @@ def test_another_model_needs_another_ledger(lab):
     here.run()
     with pytest.raises(ConfigError, match=r"watch\.seed = 0, and now it is 1"), here.watcher(here.changed(seed=1)):
         pass
+
+
+def test_a_ledger_stands_for_the_settings_that_its_method_reads(tmp_path):
+    config = small_config(tmp_path, watch={"source": "a"})
+    write_tiles(config, "a")
+
+    def identity(method, entropy):
+        changed = {"watch": {"source": "a", "method": method}, "shot": {"entropy": entropy}}
+        return Models(Config.model_validate(config.model_dump(mode="json") | changed), "watch", Tracker(None), print).identity
+
+    assert identity("coda-shot", 1.0) != identity("coda-shot", 0.5)
+    assert identity("coda", 1.0) == identity("coda", 0.5)
 
 
 def test_of_two_watchers_one_works(lab):

@@ -74,11 +74,6 @@ class MethodRow:
     terms: tuple[str, ...] = ()
 
     @property
-    def exportable(self) -> bool:
-        """Whether it makes a model that can be exported."""
-        return self.card is not None
-
-    @property
     def unadapted(self) -> bool:
         """Whether it is a model of the source, as it is."""
         return self.model == self.name

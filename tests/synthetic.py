@@ -89,10 +89,9 @@ def finish(config: Config, stages: Sequence[object]) -> None:
     import torch
 
     from coda_ray.learn.dual import DualModel
-    from coda_ray.methods import trained_by
     from coda_ray.pipeline import networks
     from coda_ray.pipeline.moments import SUMS
-    from coda_ray.pipeline.train_stages import extractor_of, loss_of, objective_of
+    from coda_ray.pipeline.train_stages import extractor_of, loss_of, trained_whole
     from coda_ray.training.checkpoints import write_tensors
 
     channels = len(config.ingest.channels)
@@ -101,7 +100,7 @@ def finish(config: Config, stages: Sequence[object]) -> None:
             continue
         torch.manual_seed(int(stage.key[:8], 16))
         file, more = "model.safetensors", {}
-        whole = stage.kind == "adapt" and trained_by(objective_of(stage)).trains == "model"
+        whole = trained_whole(stage)
         if stage.kind == "moments":
             file, more = SUMS, {"plates": ["b0/p"]}
             state = {"count": torch.ones(1), "sums": torch.rand(1, 2, 2, config.model.width)}

@@ -262,8 +262,8 @@ def initialise(vit: VisionTransformer, init: str) -> None:
     if init == "imagenet":
         load_exactly(vit, _imagenet(vit), "timm's ImageNet weights")
         return
-    path = SHIPPED if init == "simulated" else Path(init)
-    if path.suffix != ".safetensors":
+    path = weights_file(init)
+    if path is None:
         raise ValueError(f"init = {init!r}: give imagenet, simulated, random, fan-in, or the path of a .safetensors file")
     if not path.is_file():
         raise FileNotFoundError(f"init = {init!r}: no such file; give the path of a .safetensors file")
@@ -272,6 +272,13 @@ def initialise(vit: VisionTransformer, init: str) -> None:
         side = list(vit.patch_embed.grid_size)
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], side, num_prefix_tokens=1)
     load_exactly(vit, state, str(path))
+
+
+def weights_file(init: str) -> Path | None:
+    """Find the file of the weights that `initialise` reads; None where they are no file."""
+    if init == "simulated":
+        return SHIPPED
+    return Path(init) if init.endswith(".safetensors") else None
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:

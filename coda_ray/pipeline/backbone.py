@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from coda_ray.config import Config
+from coda_ray.config import Config, pool_of
 from coda_ray.jump.simulate.settings import SIMULATOR_VERSION, SimulateSettings
 from coda_ray.learn.vit import SHIPPED
 from coda_ray.pipeline.matrix import raise_failures, run_stages
@@ -62,7 +62,7 @@ def pretrain_backbone(config: Config, world: SimulateSettings, seed: int, out: P
     StagesFailedError
         When the pre-training failed.
     """
-    stage = pretrain(config, "+".join(world.sources), objective="dino-cb", seed=seed)
+    stage = pretrain(config, pool_of(world.sources), objective="dino-cb", seed=seed)
     raise_failures(run_stages(config, with_needs([stage]), say))
     state = {name: value.to(torch.float16).contiguous() for name, value in extractor_of(config, stage).items()}
     weights, card = out / SHIPPED.name, out / "README.md"

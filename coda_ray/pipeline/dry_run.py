@@ -22,12 +22,11 @@ from coda_ray.jump.prepare import preparation_of, reduction, tile_shape
 from coda_ray.jump.tables import Tables, choose_plates, read_tables
 from coda_ray.learn.mae import MaeObjective
 from coda_ray.learn.objectives import DinoObjective
-from coda_ray.methods import trained_by
 from coda_ray.pipeline import data, networks
 from coda_ray.pipeline.profile import WELL_ID
 from coda_ray.pipeline.request import Request
 from coda_ray.pipeline.stage import Stage
-from coda_ray.pipeline.train_stages import loss_of, objective_of
+from coda_ray.pipeline.train_stages import loss_of, trained_whole
 from coda_ray.pipeline.transfer import plan, stages_of
 from coda_ray.progress import job_console
 from coda_ray.storage import Folder, open_place
@@ -294,7 +293,7 @@ class _Sizes:
         """Bytes that are saved and bytes that are trained, and the width of a token."""
         if stage.kind == "classify":
             return self.classifier(len(stage.inputs["classes"]), bool(stage.needs))
-        if stage.kind == "adapt" and trained_by(objective_of(stage)).trains == "model":
+        if trained_whole(stage):
             return self._weights(stage.needs[0])
         return self.extractor(loss_of(stage) == "mae")
 

@@ -19,7 +19,7 @@ from coda_ray.pipeline.trial import ORACLE
 from coda_ray.progress import job_console
 from coda_ray.storage import open_place
 from coda_ray.tracking.records import score_name
-from coda_ray.tracking.table import OF_SPLIT, matrices, ranking, ranking_rows, render_matrix
+from coda_ray.tracking.table import matrices, ranking, render_matrix, render_ranking
 
 # Columns where the output is no terminal.
 WIDTH = 150
@@ -84,7 +84,7 @@ def _show(console: Console, config: Config, outcome: Outcome) -> None:
         for part in matrices(outcome.matrix, "accuracy"):
             console.print(render_matrix(part))
         for part in ranking(outcome.matrix):
-            console.print(ranking_table(part))
+            console.print(render_ranking(part))
     for title, address in outcome.unscored.items():
         console.print(f"no MoA labels, so no score: {title}: {address}", soft_wrap=True, highlight=False)
     results = open_place(config.results)
@@ -161,18 +161,6 @@ def trials_table(trials: pd.DataFrame, config: Config) -> Table:
         oracle = "–" if pd.isna(row[ORACLE]) else f"{100 * row[ORACLE]:.1f}"
         status = row["status"] if row["status"] != "failed" else f"failed: {row['reason']}"
         table.add_row(str(place), *values, status, "–" if pd.isna(row["step"]) else str(int(row["step"])), score, oracle)
-    return table
-
-
-def ranking_table(ranked: pd.DataFrame) -> Table:
-    """Lay out one table of `tracking.table.ranking`."""
-    first, (header, rows) = ranked.iloc[0], ranking_rows(ranked)
-    title = f"methods by accuracy (%), mean of {first['pairs']} source ≠ target{OF_SPLIT[first['split']]}"
-    table = Table(title=f"{title}, adapted per {first['granularity']}")
-    for name in header:
-        table.add_column(name, justify="left" if name in (header[0], header[-1]) else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
     return table
 
 

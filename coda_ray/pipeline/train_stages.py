@@ -21,7 +21,7 @@ from coda_ray.learn.objectives import DinoObjective, SupervisedObjective
 from coda_ray.learn.precision import Precision
 from coda_ray.learn.schedules import Plateau
 from coda_ray.learn.supervised import SupervisedModel
-from coda_ray.learn.vit import SHIPPED, tokens
+from coda_ray.learn.vit import tokens, weights_file
 from coda_ray.methods import Loss, model_with, trained_by
 from coda_ray.pipeline import data, networks
 from coda_ray.pipeline.stage import Stage, Workload, settings_of
@@ -248,8 +248,7 @@ def training_inputs(config: Config, optimisation: Optimisation, seed: int, *sect
     names = ("model", "views", *sections)
     # The extractor is chosen when the finished stage is used.
     chosen: dict[str, Any] = {name: settings_of(getattr(config, name), exclude={"extractor"}) for name in names}
-    file = SHIPPED if config.model.init == "simulated" else config.model.init
-    if str(file).endswith(".safetensors"):
+    if file := weights_file(config.model.init):
         chosen["weights"] = {"sha256": _sha256(str(file))}
     # `minibatch` holds what counts, and the unit stands for itself.
     rates = settings_of(optimisation, exclude={"minibatch_unit", "unit", "plates", "dino", "standardise"})

@@ -22,6 +22,8 @@ CELL = ["source", "target", "method"]
 RANKED = ("accuracy", "well_accuracy", "compound_accuracy")
 _WITH_STD = [f"{metric}{end}" for metric in RANKED for end in ("", "_std")]
 RANKING_COLUMNS = ("split", "granularity", "method", "pairs", *_WITH_STD, "gap_closed", "uses")
+# Heads the column that says what a method learns from.
+USES = "learns from"
 # Begins the columns that hold the score of one seed.
 SEED = "seed_"
 # What titles say of a split.
@@ -226,7 +228,7 @@ def _ends_of_gap(part: pd.DataFrame, means: Mapping[str, tuple[float, float]]) -
 
 def ranking_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Write one table of `ranking` as text: header and rows, in percent."""
-    header = ["method", "per image", "per well", "per compound", "gap closed", "learns from"]
+    header = ["method", "per image", "per well", "per compound", "gap closed", USES]
     rows = []
     for row in table.to_dict("records"):
         scores = [cell_text(row[metric], row[f"{metric}_std"]) for metric in RANKED]
@@ -282,14 +284,26 @@ def render_matrix(tidy: pd.DataFrame) -> Table:
         standard deviation of that mean over the seeds that have all of them.
     """
     header, rows, means = grid(tidy)
-    title = title_of(tidy)
-    table = Table(title=title, min_width=len(title))
-    for name in header:
-        table.add_column(name, justify="left" if name == header[0] else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
+    table = _laid_out(title_of(tidy), header, rows)
     table.add_section()
     for row in means:
+        table.add_row(*row)
+    return table
+
+
+def render_ranking(ranked: pd.DataFrame) -> Table:
+    """Lay one table of `ranking` out for the terminal."""
+    first = ranked.iloc[0]
+    title = f"methods by accuracy (%), mean of {first['pairs']} source ≠ target{OF_SPLIT[first['split']]}"
+    return _laid_out(f"{title}, adapted per {first['granularity']}", *ranking_rows(ranked))
+
+
+def _laid_out(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Lay out text, numbers to the right of the first column."""
+    table = Table(title=title, min_width=len(title))
+    for name in header:
+        table.add_column(name, justify="left" if name in (header[0], USES) else "right", no_wrap=True)
+    for row in rows:
         table.add_row(*row)
     return table
 

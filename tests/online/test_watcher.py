@@ -559,7 +559,7 @@ def test_another_model_needs_another_ledger(lab):
 
 def test_a_ledger_stands_for_the_settings_that_its_method_reads(tmp_path):
     config = small_config(tmp_path, watch={"source": "a"})
-    write_tiles(config, "a")
+    write_tiles(config, "a", batches=3)
 
     def identity(method, entropy):
         changed = {"watch": {"source": "a", "method": method}, "shot": {"entropy": entropy}}

@@ -545,7 +545,8 @@ class Adapt(Optimisation):
     """A compound that has no tile in another batch: stop before training, or pair the tile with itself."""
     standardise: Literal["never", "after"] = "never"
     """after: once adapted, the tokens of each plate are moved to the mean and spread that the source's had before adaptation
-    (of every method that trains on the target)."""
+    (of every method that trains on the target). It is part of the score, not of the model: an exported model goes without, and a
+    watcher refuses it."""
     partner_pool: Literal["source", "unit"] = "source"
     """Where partners come from: the other batches of the whole target source, or only those of the unit itself."""
 

@@ -81,13 +81,18 @@ class Models:
     Raises
     ------
     ConfigError
-        When `watch.source` is unset.
+        When `watch.source` is unset, or when adapted models are to be standardised.
     """
 
     def __init__(self, config: Config, command: str, tracker: Tracker, say: Say) -> None:
         settings = config.watch
         if settings.source is None:
             raise ConfigError("watch.source is unset; give --watch.source NAME, the source whose model is used")
+        if config.adapt.standardise == "after":
+            raise ConfigError(
+                "adapt.standardise = 'after': a watcher reads each plate by the adapted model as it is; "
+                "give --adapt.standardise never"
+            )
         self.config, self.command, self.tracker, self.say = config, command, tracker, say
         self.results = open_place(config.results)
         request = Request(settings.source, settings.source, settings.method, "source", settings.seed, config.split)

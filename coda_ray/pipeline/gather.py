@@ -358,7 +358,7 @@ def _differences(config: Config, transfers: Sequence[Transfer], frame: pd.DataFr
     for split, granularity in product(config.matrix.splits, config.matrix.granularities):
         rows = rows_that_count(across[across["split"] == split], granularity)
         answers = {
-            cast(tuple[str, str], pair): _answers(config, [of_key[key] for key in part["key"]])
+            cast(tuple[str, str], pair): answers(config, [of_key[key] for key in part["key"]])
             for pair, part in rows.groupby(["target", "source"])
         }
         for method, against in _comparisons(config):
@@ -391,7 +391,7 @@ def _compared(
     return *found, len(joined.index.unique()), len(np.unique(wells)), len(seeds)
 
 
-def _answers(config: Config, transfers: Sequence[Transfer]) -> pd.DataFrame:
+def answers(config: Config, transfers: Sequence[Transfer]) -> pd.DataFrame:
     """Say of each image of one target whether each model from one source was right.
 
     Returns

@@ -505,6 +505,13 @@ def test_what_no_plate_could_mend_is_told_before_the_first_look(lab):
         watch(here.config, once=True, command="", say=here.lines.append, progress=silent)
 
 
+def test_a_watcher_refuses_scores_that_no_model_gives(lab):
+    here = lab()
+    adapt = here.config.adapt.model_copy(update={"standardise": "after"})
+    with pytest.raises(ConfigError, match="give --adapt.standardise never"):
+        watch(here.config.model_copy(update={"adapt": adapt}), once=True, command="", say=here.lines.append, progress=silent)
+
+
 @pytest.mark.parametrize(
     ("plates_with_controls", "field"), [(0, r"watch\.policy = nearest"), (1, r"watch\.drift_threshold is unset")]
 )

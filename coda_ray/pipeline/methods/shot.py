@@ -53,7 +53,9 @@ def shot(
     terms = terms_of(config, row)
     anchor = moments_on_source(config, model, data.pretraining_tiles) if terms.moments > 0 else None
     prior = class_shares(config, model) if terms.diversity > 0 and config.shot.prior == "source" else None
-    used = {name: value for name, value in vars(terms).items() if name in row.terms or name == "margin"}
+    used = {name: value for name, value in vars(terms).items() if name in row.terms}
+    if {"entropy", "diversity"} & set(row.terms):
+        used["margin"] = terms.margin
     inputs: dict[str, Any] = {"objective": row.objective, "terms": used} | ({"prior": prior} if prior else {})
     needs = (model.classifier, anchor) if anchor else (model.classifier,)
     wrap = partial(_through, config, terms, model.classifier, anchor, prior)

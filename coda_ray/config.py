@@ -666,6 +666,18 @@ class Train(Section):
             raise ValueError(f"train.workers = {self.workers!r}: give 0, a number, or a rising range from 1, such as 1-4")
         return self
 
+    @model_validator(mode="after")
+    def _gpus_are_whole_where_they_must(self) -> Self:
+        gpus, most = self.gpus_per_worker, self.worker_range[1]
+        if gpus % 1 and gpus > 1:
+            raise ValueError(f"train.gpus_per_worker = {gpus:g}: Ray shares out one GPU, or whole ones; give 1, or less than 1")
+        if gpus % 1 and most > 1:
+            raise ValueError(
+                f"train.gpus_per_worker = {gpus:g} with train.workers = {self.workers!r}: workers of one stage cannot share a GPU; "
+                "give --train.gpus-per-worker 1, or --train.workers 0, which packs several stages on a GPU"
+            )
+        return self
+
 
 class Evaluate(Section):
     """Scoring and embedding."""

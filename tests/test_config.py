@@ -60,6 +60,11 @@ def test_a_dumped_config_reads_back(tmp_path):
         (["--train.workers", "two"], r"train\.workers = 'two'"),
         (["--train.workers", "4-2"], r"train\.workers = '4-2': give 0"),
         (["--train.workers", "0-3"], r"train\.workers = '0-3': give 0"),
+        (
+            ["--train.workers", "2", "--train.gpus-per-worker", "0.5"],
+            r"train\.gpus_per_worker = 0\.5 with train\.workers = '2'.*or",
+        ),
+        (["--train.gpus-per-worker", "1.5"], r"train\.gpus_per_worker = 1\.5: .*give 1, or less"),
         (["--train.workers", "1-4", "--classify.minibatch", "3"], r"classify\.minibatch = 3: 4 worker.* need 4"),
         (["--train.workers", "2", "--adapt.minibatch-unit", "1"], r"adapt\.minibatch_unit = 1: 2 worker"),
         (

@@ -508,7 +508,7 @@ def test_what_no_plate_could_mend_is_told_before_the_first_look(lab):
 def test_a_watcher_refuses_scores_that_no_model_gives(lab):
     here = lab()
     adapt = here.config.adapt.model_copy(update={"standardise": "after"})
-    with pytest.raises(ConfigError, match="give --adapt.standardise never"):
+    with pytest.raises(ConfigError, match=r"give --adapt\.standardise never"):
         watch(here.config.model_copy(update={"adapt": adapt}), once=True, command="", say=here.lines.append, progress=silent)
 
 

@@ -26,10 +26,10 @@ from coda_ray.analysis.intervals import paired_difference
 from coda_ray.config import Config, build_config
 from coda_ray.methods import row_of
 from coda_ray.pipeline.data import load_tiles
+from coda_ray.pipeline.evaluate import TILE_ID
 from coda_ray.pipeline.gather import answers
 from coda_ray.pipeline.matrix import plan_all, requests_of
 from coda_ray.storage import open_place
-from coda_ray.tiles.store import TILE_ID
 from coda_ray.tracking.records import read_records, transfers_frame
 from coda_ray.tracking.table import RANKED, markdown_table
 

@@ -169,7 +169,7 @@ class Folder:
         OSError
             When permission or network errors outlast the retries.
         """
-        return retrying(lambda: cast(bytes, self.fs.cat_file(self.path(relative))), self.address(relative))
+        return retrying(lambda: self._cat_file(self.path(relative)), self.address(relative))
 
     def read_json(self, relative: str) -> dict[str, Any] | None:
         """Read a JSON object; None where there is no such file.
@@ -196,7 +196,12 @@ class Folder:
     def read_address(self, address: str) -> bytes:
         """Read a file by its full address, which may lie outside this folder (a local path, or another bucket here)."""
         there = self.at(address)
-        return retrying(lambda: cast(bytes, there.fs.cat_file(there.root)), address)
+        return retrying(lambda: there._cat_file(there.root), address)
+
+    def _cat_file(self, path: str) -> bytes:
+        """One attempt at a whole file, in one request: s3fs asks for the size first where it may read in parts."""
+        options = {} if self.is_local else {"max_concurrency": 1}
+        return cast(bytes, self.fs.cat_file(path, **options))
 
     def at(self, address: str) -> "Folder":
         """Open a full address, which may lie outside this folder (a local path, or another bucket here)."""

@@ -377,9 +377,10 @@ def _render_shard(sites: pd.DataFrame, name: PlateName, shard: int, facts: Plate
         results = list(pool.map(site.render, sites.loc[healthy].to_dict("records")))
     rows = sites[[*METADATA, *ANNOTATIONS, "reason", "channel"]].copy()
     rows["address"], rows["bytes_read"] = None, 0
+    rows.loc[healthy, "bytes_read"] = [result.bytes_read for result in results]
     for index, result in zip(healthy, results, strict=True):
-        rows.loc[index, ["bytes_read"]] = result.bytes_read
-        rows.loc[index, ["reason", "channel", "address"]] = [result.reason, result.channel, result.address]
+        if result.tile is None:
+            rows.loc[index, ["reason", "channel", "address"]] = [result.reason, result.channel, result.address]
     tiles = [result.tile for result in results if result.tile is not None]
     if not tiles:
         return rows

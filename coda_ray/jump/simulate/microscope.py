@@ -1,6 +1,7 @@
 """From ideal fluorescence to camera counts: cross-talk, point spread, staining, non-linearity, illumination, noise."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +14,21 @@ EMISSION_UM = (0.456, 0.525, 0.600, 0.605, 0.700)
 _PAD = 32
 
 
+@cache
+def _frequencies(side: int) -> tuple[Floats, npt.NDArray[np.intp]]:
+    """Squared spatial frequencies of a field's transform, each once, and which of them each coefficient has."""
+    squared = fft.fftfreq(side)[:, None] ** 2 + fft.rfftfreq(side)[None] ** 2
+    values, index = np.unique(squared, return_inverse=True)
+    return values, index.reshape(squared.shape)
+
+
 def _transfer(optics: Optics, focus_um: Sequence[float], side: int) -> Image:
     """Optical transfer function per channel, shape (5, side, side // 2 + 1).
 
     A diffraction core (Gaussian of 0.21 wavelength / NA; Zhang et al. 2007, doi:10.1364/AO.46.001819), widened by the depth
     of the cells and by defocus, and two wider Gaussians for the light that wide-field optics collect from other planes.
     """
-    squared = fft.fftfreq(side)[:, None] ** 2 + fft.rfftfreq(side)[None] ** 2
+    squared, index = _frequencies(side)
     decay = -2 * np.pi**2 * squared / optics.pixel_um**2
     cone = np.tan(np.arcsin(min(optics.numerical_aperture / 1.38, 0.9))) / 2
     channels = []
@@ -27,7 +36,7 @@ def _transfer(optics: Optics, focus_um: Sequence[float], side: int) -> Image:
         core = (0.21 * wavelength / optics.numerical_aperture) ** 2 + (cone * np.hypot(optics.depth_um / 2, focus)) ** 2
         near, far = (np.exp(decay * (core + width**2)) for width in optics.haze_um)
         channels.append((1 - haze) * np.exp(decay * core) + haze * (0.7 * near + 0.3 * far))
-    return np.stack(channels).astype(np.float32)
+    return np.stack([channel.astype(np.float32).take(index) for channel in channels])
 
 
 def illumination(optics: Optics, batch: Batch, field_px: int) -> Image:

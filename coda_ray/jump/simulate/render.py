@@ -40,7 +40,7 @@ def _texture(u: Floating, v: Floating, scale_um: Floating | float, offset: Float
     stretch = np.float32(_PERIOD) / scale_um
     row = (u * stretch + offset).astype(np.int32) & (_TILE - 1)
     column = (v * stretch + np.float32(1.7) * offset).astype(np.int32) & (_TILE - 1)
-    return np.asarray(_noise()[row, column])
+    return np.asarray(_noise().take(row * _TILE + column))
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,13 @@ def _nearest(bodies: Bodies, x: Image, y: Image, pixel_um: float, reach: float |
             continue
         c, s, stretch = (np.float32(f) for f in (np.cos(bodies.angle[i]), np.sin(bodies.angle[i]), bodies.stretch[i]))
         u, v = (c * dx + s * dy) / stretch, (c * dy - s * dx) * stretch
-        index = ((np.arctan2(v, u) + np.float32(np.pi)) * to_index).astype(np.int32) % ANGLES
-        distance = np.hypot(u, v) / (np.float32(bodies.radius[i]) * bodies.profile[i][index])
-        closer = distance < first[window]
-        second[window] = np.where(closer, first[window], np.minimum(second[window], distance))
-        first[window] = np.where(closer, distance, first[window])
-        label[window] = np.where(closer, np.int32(i), label[window])
+        index = ((np.arctan2(v, u) + np.float32(np.pi)) * to_index).astype(np.int32)
+        outline = np.float32(bodies.radius[i]) * bodies.profile[i]
+        distance = np.hypot(u, v) / outline.take(index, mode="wrap")
+        nearest = first[window]
+        np.copyto(label[window], np.int32(i), where=distance < nearest)
+        np.minimum(second[window], np.maximum(nearest, distance), out=second[window])
+        np.minimum(nearest, distance, out=nearest)
     return Nearest(label, first, second)
 
 
@@ -125,6 +126,14 @@ class _Maps:
     rounded: Image
     content: Image
     trait: dict[str, Image]
+
+
+# The traits that stains ask for pixel by pixel.
+_SPREAD = (
+    "chromatin_scale_um", "chromatin_contrast", "er_level", "er_perinuclear", "er_contrast", "er_scale_um",
+    "rna_level", "rna_nuclear", "nucleoli_level", "agp_level", "actin_fibres", "actin_cortex",
+    "mito_level", "mito_network", "mito_perinuclear", "mito_scale_um",
+)  # fmt: skip
 
 
 def _organelles(
@@ -174,17 +183,16 @@ def _maps(rng: np.random.Generator, people: Population, field_px: int, pixel_um:
     bent_y = y + 1.4 * _texture(x, y, 30.0, shift + 190)
     cells, nuclei = people.cells, people.nuclei
     core = _nearest(nuclei, x, y, pixel_um, 1 + 26 / nuclei.radius)
-    on = core.label.clip(0)
+    on = core.label.clip(0).astype(np.intp)
     cell = _keep_nuclei_whole(_nearest(cells, bent_x, bent_y, pixel_um, 1.25), core, people.owner)
-    at = cell.label.clip(0)
+    at = cell.label.clip(0).astype(np.intp)
 
     def spread(values: npt.ArrayLike) -> Image:
-        spread_out: Image = np.asarray(values, dtype=np.float32)[at]
-        return spread_out
+        return np.asarray(values, dtype=np.float32).take(at)
 
     radius, rounded = spread(cells.radius), spread(people.rounded)
     to_edge = np.minimum((1 - cell.inside) * radius, 0.5 * (cell.second - cell.inside) * radius)
-    to_nucleus = (core.inside - 1) * np.asarray(nuclei.radius, dtype=np.float32)[on]
+    to_nucleus = (core.inside - 1) * np.asarray(nuclei.radius, dtype=np.float32).take(on)
     c, s = spread(np.cos(cells.angle)), spread(np.sin(cells.angle))
     dx, dy = bent_x - spread(cells.x), bent_y - spread(cells.y)
     flat = spread(people.traits["flatness"])
@@ -194,8 +202,8 @@ def _maps(rng: np.random.Generator, people: Population, field_px: int, pixel_um:
     height = np.where(rounded > 0, 4.5 * np.sqrt(np.maximum(1 - cell.inside**2, 0)), height)
     body = np.where(cell.label < 0, 0, np.clip((1 - cell.inside) * radius / 1.5 + 0.5, 0, 1))
     nucleus = np.clip(0.5 - to_nucleus / 0.9, 0, 1) * (core.label >= 0)
-    content = np.asarray(people.traits["dna_content"][people.owner], dtype=np.float32)[on]
-    content = content * (8.4 / np.asarray(nuclei.radius, dtype=np.float32)[on]) ** 1.4
+    content = np.asarray(people.traits["dna_content"][people.owner], dtype=np.float32).take(on)
+    content = content * (8.4 / np.asarray(nuclei.radius, dtype=np.float32).take(on)) ** 1.4
     golgi, nucleoli, vacuoles = _organelles(rng, people, x.shape, pixel_um)
     return _Maps(
         body=body.astype(np.float32),
@@ -211,7 +219,7 @@ def _maps(rng: np.random.Generator, people: Population, field_px: int, pixel_um:
         vacuoles=(1 / (1 + 2.5 * vacuoles)).astype(np.float32),
         rounded=rounded,
         content=content,
-        trait={name: spread(values) for name, values in people.traits.items()},
+        trait={name: spread(people.traits[name]) for name in _SPREAD},
     )
 
 

@@ -1,3 +1,5 @@
+"""The lease: signs of life, terms, and what a holder that comes back too late may still do."""
+
 import json
 import logging
 import os
@@ -8,7 +10,7 @@ import pytest
 
 from coda_ray import storage
 from coda_ray.jump.layout import PlateName
-from coda_ray.online.lease import Lease, LostLeaseError
+from coda_ray.lease import Lease, LostLeaseError, _newest
 from coda_ray.online.ledger import Ledger, LostLedgerError
 
 # So long that the thread of a holder gives no sign of life while a test lasts: tests do so by hand.
@@ -82,9 +84,9 @@ def test_a_holder_whose_beat_stops_loses_to_a_contender(lease, clock, wait, capl
     assert other.acquire(wait, told.append)
     assert (other.term, clock.now) == (2, LEASE_S)
     assert len(told) == 1
-    assert f"anna (process {os.getpid()} on " in told[0]
+    assert told[0].startswith(f"anna (process {os.getpid()} on ")
     other.check()
-    with pytest.raises(LostLeaseError, match=r"bert .* has taken the lease from anna; .*start it again"):
+    with pytest.raises(LostLeaseError, match=r"bert .* has taken the lease from anna"):
         holder.check()
     # A sign of life of a holder that wakes up changes nothing.
     holder.beat()
@@ -147,7 +149,7 @@ def test_a_holder_that_is_silent_for_too_long_stops_before_anyone_comes(lease, c
     clock.now = LEASE_S
     holder.check()
     clock.now = LEASE_S + 1
-    with pytest.raises(LostLeaseError, match=r"no sign of life could be written for 4001 s, more than watch\.lease_s = 4000"):
+    with pytest.raises(LostLeaseError, match=r"for 4001 s, and the lease of anna ends after 4000 s"):
         holder.check()
     holder.beat()
     holder.check()
@@ -181,7 +183,7 @@ def test_of_many_who_want_a_lease_one_gets_each_term(folder):
         terms = []
         for _ in range(rounds):
             one = Lease(folder, f"{who}", LEASE_S)
-            term = one._newest() + 1
+            term = _newest(folder) + 1
             barrier.wait()
             taken = one._take(term)
             barrier.wait()

@@ -3,8 +3,10 @@
 import json
 import logging
 import os
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -314,3 +316,42 @@ def test_a_holder_whose_term_was_deleted_has_lost_it(folder):
     with pytest.raises(LostLeaseError, match="has taken the lease from sleeper"):
         sleeper.check()
     sleeper.release()
+
+
+def test_a_guarded_folder_is_written_to_until_a_newer_term_is_taken_wherever_it_is(lease, folder, clock):
+    holder, other = lease("anna"), lease("bert")
+    with pytest.raises(LostLeaseError, match="anna does not hold the lease"):
+        holder.guard(folder)
+    assert holder.acquire(wait=False, say=quiet)
+    guarded = pickle.loads(pickle.dumps(holder.guard(folder.child("work"))))  # noqa: S301 (our own)
+    guarded.write("table", b"1")
+    assert guarded.create("note", b"1")
+    assert not guarded.create("note", b"2")
+    assert other.acquire(wait=True, say=lambda text: None)
+    for late in (partial(guarded.write, "table", b"2"), partial(guarded.create, "more", b"2"), partial(guarded.delete, "note")):
+        with pytest.raises(LostLeaseError, match=r"bert .* has taken the lease meanwhile"):
+            late()
+    work = folder.child("work")
+    assert {name: work.read(name) for name in work.names()} == {"table": b"1", "note": b"1"}
+
+
+def test_waiting_ends_where_the_lease_is_no_longer_wanted(lease, clock):
+    holder, other = lease("anna"), lease("bert")
+    assert holder.acquire(wait=False, say=quiet)
+    assert not other.acquire(wait=True, say=lambda text: None, unless=lambda: clock.now > 0)
+    assert (other.term, clock.now) == (None, other.beat_s)
+
+
+def test_who_has_waited_for_long_looks_less_often(folder, clock):
+    pauses = []
+
+    def pause(seconds):
+        pauses.append(seconds)
+        clock.pause(seconds)
+
+    with Lease(folder, "anna", LEASE_S) as holder, Lease(folder, "bert", LEASE_S, clock, pause, look_s=1.0) as other:
+        assert holder.acquire(wait=False, say=quiet)
+        clock.meanwhile = lambda: holder.beat() if clock.now < 4 * LEASE_S else holder.release()
+        assert other.acquire(wait=True, say=lambda text: None)
+    assert pauses == sorted(pauses)
+    assert (pauses[0], pauses[-1]) == (1.0, other.beat_s)

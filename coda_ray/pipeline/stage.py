@@ -180,6 +180,8 @@ class Stage:
         ------
         DamagedFileError
             As `check_made_of`.
+        OSError
+            When storage does not answer.
         """
         results = open_place(config.results)
         shared = results.child((self.whole or self).path)
@@ -215,6 +217,8 @@ class Stage:
         guarded.write("stage.json", json.dumps(note, indent=1).encode())
         loop, run = self.make(guarded, report)
         facts = launch(loop, run, self.part_of(config.train), results, tell)
+        # What stalled for long may still end its work, if nobody came meanwhile.
+        lease.beat()
         lease.check()
         return finish(folder, facts)
 

@@ -484,7 +484,7 @@ def test_two_jobs_that_start_at_once_train_each_stage_once_and_come_to_the_same_
             driver.wait_until(f"{first.title}: the test (process {os.getpid()} on ")
     for driver in drivers:
         assert driver.process.wait() == 0, driver.said
-    told = [re.findall(r"\) (.+): (?:starts|continues at step \d+), ", driver.said) for driver in (alone, *drivers)]
+    told = [re.findall(r"pid=\d+\)\S* (.+): (?:starts|continues at step \d+), ", driver.said) for driver in (alone, *drivers)]
     assert len(told[0]) == len(set(told[0])) > 0
     assert sorted(told[1] + told[2]) == sorted(told[0])
     pd.testing.assert_frame_equal(transfers_of(tmp_path, "shared"), transfers_of(tmp_path, "alone"), check_exact=True)

@@ -28,7 +28,7 @@ def main() -> int:
     job = parse_job(WatchJob, prog="jobs/watch.py", description=__doc__ or "")
     # While it waits for its turn, a scheduler's SIGTERM ends it as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from coda_ray.online.lease import LostLeaseError
+    from coda_ray.lease import LostLeaseError
     from coda_ray.online.ledger import LostLedgerError
     from coda_ray.online.service import say_line, watch
     from coda_ray.pipeline.matrix import StagesFailedError

@@ -23,7 +23,10 @@ import yaml
 
 from coda_ray.cluster import LOCAL_STARTS
 from coda_ray.config import dump_config
-from synthetic import small_config, write_tiles
+from coda_ray.lease import Lease
+from coda_ray.pipeline.train_stages import pretrain
+from coda_ray.storage import open_place
+from synthetic import place, small_config, write_tiles
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = sorted(path.name for path in (ROOT / "jobs").glob("*.py"))
@@ -441,6 +444,65 @@ def broken_off(root: Path, results: str) -> list[str]:
     """Titles of the stages that have a checkpoint and no end."""
     folders = {file.parents[2] for file in (root / results).glob("*/*/checkpoints/*/state.json")}
     return [json.loads((path / "stage.json").read_text())["title"] for path in folders if not (path / "done.json").exists()]
+
+
+class Driver:
+    """`jobs/matrix.py` on a Ray of its own."""
+
+    def __init__(self, config: Path, log: Path) -> None:
+        self.log = log
+        command = [sys.executable, "jobs/matrix.py", "--config", str(config)]
+        # Ray tells lines that differ in their numbers alone once.
+        environment = {**os.environ, "RAY_DEDUP_LOGS": "0"}
+        with log.open("w") as said:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def wait_until(self, words: str) -> None:
+        """Wait until it has said something."""
+        while words not in self.said:
+            assert self.process.poll() is None, self.said
+            time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.own_ray
+def test_two_jobs_that_start_at_once_train_each_stage_once_and_come_to_the_same_table(tmp_path):
+    sections = {"pretrain": {"steps": 40}, "matrix": MATRIX, "tracking": {"enabled": False}}
+    alone = Driver(study(tmp_path, "alone", **sections), tmp_path / "alone.log")
+    assert alone.process.wait() == 0, alone.said
+    file = study(tmp_path, "shared", **sections)
+    first = pretrain(small_config(tmp_path, **sections), "a", objective="dino", seed=0)
+    # Both come to the same missing stage, and find it held; then one of them gets it.
+    with Lease(open_place(place(tmp_path / "shared")).child(f"{first.path}/lease"), "the test", 600.0) as held:
+        assert held.acquire(wait=False, say=pytest.fail)
+        drivers = [Driver(file, tmp_path / f"{name}.log") for name in ("one", "two")]
+        for driver in drivers:
+            driver.wait_until(f"{first.title}: the test (process {os.getpid()} on ")
+    for driver in drivers:
+        assert driver.process.wait() == 0, driver.said
+    told = [re.findall(r"pid=\d+\)\S* (.+): (?:starts|continues at step \d+), ", driver.said) for driver in (alone, *drivers)]
+    assert len(told[0]) == len(set(told[0])) > 0
+    assert sorted(told[1] + told[2]) == sorted(told[0])
+    pd.testing.assert_frame_equal(transfers_of(tmp_path, "shared"), transfers_of(tmp_path, "alone"), check_exact=True)
+    assert weights_of(tmp_path, "shared") == weights_of(tmp_path, "alone")
+
+
+@pytest.mark.long
+@pytest.mark.own_ray
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_job_that_is_interrupted_gives_its_stages_back(tmp_path, how):
+    sections = {"pretrain": {"steps": 100_000}, "matrix": MATRIX, "tracking": {"enabled": False}}
+    driver = Driver(study(tmp_path, "ended", **sections), tmp_path / "ended.log")
+    driver.wait_until(": step 3/100000")
+    driver.process.send_signal(how)
+    assert driver.process.wait() != 0
+    terms = [file for file in (tmp_path / "ended").glob("*/*/lease/*.json") if file.name == "000001.json"]
+    assert terms
+    assert all(file.with_name("000001.released.json").exists() for file in terms), driver.said
 
 
 @pytest.mark.long

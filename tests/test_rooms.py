@@ -16,6 +16,8 @@ ROOMS = [
     "learn",
     "jump",
     "tiles",
+    "lease",
+    "numbered",
     "storage",
     "config",
     "methods",

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from coda_ray.config import ConfigError
 from coda_ray.jump.layout import PlateName
-from coda_ray.online.numbered import number_and_kind, numbered
+from coda_ray.numbered import number_and_kind, numbered
 from coda_ray.storage import Folder
 from coda_ray.tracking.records import READS_AT_A_TIME
 

@@ -10,8 +10,8 @@ from typing import NoReturn
 
 from coda_ray.cluster import start_ray
 from coda_ray.config import Config, ConfigError
+from coda_ray.lease import Lease, LostLeaseError
 from coda_ray.online.board import AGAIN, ASIDE, DONE, journeys
-from coda_ray.online.lease import Lease
 from coda_ray.online.ledger import Ledger
 from coda_ray.online.meter import Progress
 from coda_ray.online.serving import Models, watch_folder
@@ -24,6 +24,9 @@ from coda_ray.tracking.runs import Tracker
 from coda_ray.tracking.store import RunStore
 
 WATCHING = "watching"
+LOST = (
+    "this watcher stops; start it again and it waits for the other one, with a longer watch.lease_s if storage is too slow for it"
+)
 
 
 def watch(config: Config, *, once: bool, command: str, say: Say, progress: Progress, again: Sequence[str] = ()) -> int:
@@ -62,7 +65,7 @@ def watch(config: Config, *, once: bool, command: str, say: Say, progress: Progr
     """
     folder, by = watch_folder(config), f"{socket.gethostname()}:{os.getpid()}"
     with Lease(folder.child("lease"), by, config.watch.lease_s) as lease:
-        if not lease.acquire(wait=not once, say=say):
+        if not lease.acquire(wait=not once, say=lambda other: say(f"{other} holds the lease; looking whether it lives")):
             if again:
                 say("another watcher is at work, so --again was not done; stop that one, or start it again with --again")
                 return 1
@@ -82,6 +85,8 @@ def watch(config: Config, *, once: bool, command: str, say: Say, progress: Progr
             say(_summary(watcher))
             tracker.finish_job(watcher.models.record)
             return int(watcher.failed > 0)
+        except LostLeaseError as error:
+            raise LostLeaseError(f"{error}; {LOST}") from error
         finally:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
             tracker.close()

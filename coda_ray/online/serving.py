@@ -12,7 +12,7 @@ from coda_ray.pipeline.methods.plans import TRAINED
 from coda_ray.pipeline.models import Export, StoredModel, export_of, read_stage, stored_models
 from coda_ray.pipeline.record import job_record, write_job
 from coda_ray.pipeline.request import Request
-from coda_ray.pipeline.stage import Stage, settings_of, with_needs
+from coda_ray.pipeline.stage import DONE, Stage, settings_of, with_needs
 from coda_ray.pipeline.transfer import model_of
 from coda_ray.progress import Say
 from coda_ray.storage import Folder, open_place
@@ -214,7 +214,7 @@ class Models:
             When it is not finished, and would be another one now.
         """
         # Tiles that it knew of may have been prepared anew since.
-        if self.results.exists(f"{choice.stage}/done.json"):
+        if self.results.exists(f"{choice.stage}/{DONE}"):
             return read_stage(self.results, choice.stage)
         stage = self._plan(choice.target, choice.granularity, choice.unit, choice.plates)
         if stage.path != choice.stage:

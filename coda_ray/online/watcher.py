@@ -26,9 +26,9 @@ from coda_ray.jump.ingest import IngestError, run_ingest
 from coda_ray.jump.layout import PlateName
 from coda_ray.jump.tables import CONTROL, NEGATIVE_CONTROL, Tables, wells_expected
 from coda_ray.learn.exported import ModelError
+from coda_ray.lease import Lease, LostLeaseError
 from coda_ray.online.arrivals import Arrivals, complete_batch
 from coda_ray.online.board import ASIDE, DONE, FAILED, STEP_AFTER, Journey, journeys, plates_table
-from coda_ray.online.lease import Lease, LostLeaseError
 from coda_ray.online.ledger import Ledger, LostLedgerError
 from coda_ray.online.meter import DriftMeter, Progress, plates_of, tiles_of_plate
 from coda_ray.online.serving import Choice, Models, watch_folder

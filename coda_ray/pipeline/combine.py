@@ -1,6 +1,5 @@
 """The stage that joins evaluations of units: every tile as the model of its own batch or plate sees it."""
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,9 +83,7 @@ def combine_loop(config: Mapping[str, Any]) -> dict[str, Any]:
         named.to_numpy(np.float32),
         embeddings.filter(like=FEATURE).to_numpy(np.float32),
     )
-    facts = {"tiles": len(predictions), "seconds": round(time.monotonic() - begun, 3)}
-    run.folder.write("done.json", json.dumps(facts, indent=1).encode())
-    return facts
+    return {"tiles": len(predictions), "seconds": round(time.monotonic() - begun, 3)}
 
 
 def _parts(run: CombinationRun) -> list[tuple[str, Stage]]:

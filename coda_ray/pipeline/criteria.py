@@ -1,6 +1,5 @@
 """The stage that measures one model of a target without a label of it, for the choice of hyperparameters."""
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -127,14 +126,12 @@ def criteria_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(run.config.train.threads)
     loss = _held_out_losses(run) if run.learnt else None
     found, reasons = _measure(run, loss)
-    facts = {
+    return {
         "tiles": len(run.index),
         "seconds": round(time.monotonic() - begun, 3),
         "criteria": {name: found[name] for name in CRITERIA},
         "reasons": reasons,
     }
-    run.folder.write("done.json", json.dumps(facts, indent=1).encode())
-    return facts
 
 
 def _measure(run: CriteriaRun, loss: float | None) -> tuple[dict[str, float | None], dict[str, str]]:

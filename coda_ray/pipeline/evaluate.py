@@ -1,6 +1,5 @@
 """The stage that looks: a model over every tile of a source, predictions and embeddings to parquet, no label read."""
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from coda_ray.learn.supervised import SupervisedModel
 from coda_ray.learn.ttt import TttRecipe, adapt_each
 from coda_ray.learn.vit import load_exactly, tokens
 from coda_ray.pipeline import networks
+from coda_ray.pipeline.follower import PARTS
 from coda_ray.pipeline.moments import moments_of_all, moments_of_tiles
 from coda_ray.pipeline.stage import Stage, pass_inputs, pass_workload, settings_of
 from coda_ray.pipeline.train_stages import Made, extractor_input, load_model, stage_tensors
@@ -218,7 +218,7 @@ def evaluate_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     )
     for part in outputs:
         columns = {"row": part.rows, "values": list(part.values)}
-        run.folder.write(f"parts/{_part(run, rank, world, part.step)}", table_bytes(pa.table(columns)))
+        run.folder.child(PARTS).write(_part(run, rank, world, part.step), table_bytes(pa.table(columns)))
         if tell is not None:
             tell(part.step + 1, steps)
         elif rank == 0 and steps > 1:
@@ -244,7 +244,7 @@ def _parts_done(run: EvaluationRun, rank: int, world: int) -> int:
 
 def _part_names(run: EvaluationRun) -> list[str]:
     """Sorted names of finished parts; a worker killed while it wrote leaves others."""
-    return sorted(name for name in run.folder.names("parts") if name.endswith(".parquet"))
+    return sorted(name for name in run.folder.names(PARTS) if name.endswith(".parquet"))
 
 
 def _forward(run: EvaluationRun, model: SupervisedModel | DualModel, device: torch.device) -> Forward:
@@ -302,8 +302,8 @@ def _test_time_training(run: EvaluationRun, model: SupervisedModel | DualModel, 
 
 
 def _join(run: EvaluationRun, begun: float, workers: int) -> dict[str, Any]:
-    """Write predictions and embeddings in the order of the tiles, and `done.json` last."""
-    parts = [read_parquet(run.folder, f"parts/{name}") for name in _part_names(run)]
+    """Write predictions and embeddings in the order of the tiles."""
+    parts = [read_parquet(run.folder, f"{PARTS}/{name}") for name in _part_names(run)]
     rows = np.concatenate([part["row"].to_numpy() for part in parts])
     values = np.concatenate([np.stack(part["values"].to_pylist()).astype(np.float32) for part in parts])
     # A run that was broken off may have left parts of another number of workers: the same rows, the same values.
@@ -323,6 +323,4 @@ def _join(run: EvaluationRun, begun: float, workers: int) -> dict[str, Any]:
         print(
             f"{run.title}: {facts['unreadable']} of {len(run.index)} tiles could not be read and have no prediction", flush=True
         )
-    run.folder.write("done.json", json.dumps(facts, indent=1).encode())
-    run.folder.delete("parts")
     return facts

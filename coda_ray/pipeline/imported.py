@@ -14,9 +14,9 @@ from coda_ray.learn.vit import spec_of
 from coda_ray.methods import ROWS, Method, row_of
 from coda_ray.pipeline.moments import SUMS
 from coda_ray.pipeline.request import Model
-from coda_ray.pipeline.stage import Stage, not_run
+from coda_ray.pipeline.stage import Stage, finish, not_run
 from coda_ray.storage import Folder, open_place
-from coda_ray.training.checkpoints import write_tensors
+from coda_ray.training.checkpoints import write_result
 
 KIND = "imported"
 
@@ -114,6 +114,5 @@ def _finished(
         folder = results.child(stage.path)
         note = {"stage": KIND, "key": stage.key, "title": title, "inputs": inputs, "needs": [need.path for need in needs]}
         folder.write("stage.json", json.dumps(note, indent=1).encode())
-        facts = {"sha256": write_tensors(folder, file, dict(tensors)), "plates": [inputs["source"]]}
-        folder.write("done.json", json.dumps(facts, indent=1).encode())
+        finish(folder, {**write_result(folder, file, dict(tensors)), "plates": [inputs["source"]]})
     return stage

@@ -1,6 +1,5 @@
 """The stage that compares layers: how alike two feature extractors see the same tiles, block by block (CKA)."""
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -129,9 +128,7 @@ def layers_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     rows = [(name, i + 1, j + 1, value) for name, matrix in matrices.items() for (i, j), value in np.ndenumerate(matrix)]
     frame = pd.DataFrame(rows, columns=["reading", "first", "second", "cka"])
     run.folder.write("cka.parquet", table_bytes(pa.Table.from_pandas(frame, preserve_index=False)))
-    facts = {"tiles": len(run.index), "seconds": round(time.monotonic() - begun, 3)}
-    run.folder.write("done.json", json.dumps(facts, indent=1).encode())
-    return facts
+    return {"tiles": len(run.index), "seconds": round(time.monotonic() - begun, 3)}
 
 
 def _extractor(run: LayersRun, stage: Stage) -> VisionTransformer:

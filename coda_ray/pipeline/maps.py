@@ -1,6 +1,5 @@
 """The stage that draws a map of features: embeddings before and after adaptation, side by side in one plane (UMAP)."""
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,6 +85,4 @@ def map_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     frame = pd.concat([both.to_frame(index=False).assign(state=state) for state in STATES], ignore_index=True)
     frame[["x", "y"]] = places
     run.folder.write("map.parquet", table_bytes(pa.Table.from_pandas(frame, preserve_index=False)))
-    facts = {"tiles": len(both), "seconds": round(time.monotonic() - begun, 3)}
-    run.folder.write("done.json", json.dumps(facts, indent=1).encode())
-    return facts
+    return {"tiles": len(both), "seconds": round(time.monotonic() - begun, 3)}

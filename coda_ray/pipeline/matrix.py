@@ -16,7 +16,7 @@ from coda_ray.pipeline.display import Display, display_of
 from coda_ray.pipeline.record import TRAINING, job_record, write_job
 from coda_ray.pipeline.request import Model, Request
 from coda_ray.pipeline.stage import Stage
-from coda_ray.pipeline.task import Facts, cause_of, check_resources, room, submit
+from coda_ray.pipeline.task import Facts, cause_of, check_resources, interrupt, room, submit
 from coda_ray.pipeline.transfer import Transfer, plan, score, stages_of, unadapted
 from coda_ray.progress import Say
 from coda_ray.storage import Folder, open_place
@@ -276,14 +276,18 @@ class _Runner:
             self.say(note)
         limit = self._at_a_time()
         with display_of(self.stages, done, self.config.train) as self.display:
-            while missing or self.running or finished:
-                while missing and len(self.running) < limit:
-                    self._submit(missing.popleft())
-                # Looking up comes after submitting, so that the cluster has work meanwhile.
-                if finished:
-                    self._score(finished.popleft())
-                elif self.running:
-                    self._wait()
+            try:
+                while missing or self.running or finished:
+                    while missing and len(self.running) < limit:
+                        self._submit(missing.popleft())
+                    # Looking up comes after submitting, so that the cluster has work meanwhile.
+                    if finished:
+                        self._score(finished.popleft())
+                    elif self.running:
+                        self._wait()
+            except BaseException:
+                interrupt(list(self.running))
+                raise
 
     def _submit(self, stage: Stage) -> None:
         """Hand one stage to Ray; it starts when its needs are finished and its resources free."""

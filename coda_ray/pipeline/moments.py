@@ -1,6 +1,5 @@
 """The stage that measures tokens: their mean and spread on every plate, for standardisation before a frozen classifier."""
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from coda_ray.pipeline.train_stages import Made, extractor_input, load_model, st
 from coda_ray.progress import Tell
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex
-from coda_ray.training.checkpoints import write_tensors
+from coda_ray.training.checkpoints import write_result
 from coda_ray.training.infer import infer
 from coda_ray.training.launch import device_of
 from coda_ray.training.loop import Report
@@ -158,15 +157,13 @@ def moments_loop(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(run: MomentsRun, plates: list[str], both: Tensor, workers: int, begun: float) -> dict[str, Any]:
-    """Write the sums of plates that had a readable tile, and `done.json` last."""
+    """Write the sums of plates that had a readable tile."""
     seen = both[:, 0] > 0
     count, sums = both[seen, 0], both[seen, 1:].reshape(-1, 2, 2, (both.shape[1] - 1) // 4)
-    facts = {
-        "sha256": write_tensors(run.folder, SUMS, {"count": count, "sums": sums}),
+    return {
+        **write_result(run.folder, SUMS, {"count": count, "sums": sums}),
         "plates": [plate for plate, any_tile in zip(plates, seen.tolist(), strict=True) if any_tile],
         "tiles": int(count.sum()),
         "workers": workers,
         "seconds": round(time.monotonic() - begun, 3),
     }
-    run.folder.write("done.json", json.dumps(facts, indent=1).encode())
-    return facts

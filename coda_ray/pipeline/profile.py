@@ -3,7 +3,6 @@
 Of an index without the label column it measures what needs no label.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,9 +85,7 @@ def profile_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     table = pa.Table.from_pandas(wells, preserve_index=False)
     run.folder.write("profiles.parquet", table_bytes(table))
     scores, reasons = _measure(images, wells)
-    facts = {"wells": len(wells), "seconds": round(time.monotonic() - begun, 3), "scores": scores, "not_measured": reasons}
-    run.folder.write("done.json", json.dumps(facts, indent=1).encode())
-    return facts
+    return {"wells": len(wells), "seconds": round(time.monotonic() - begun, 3), "scores": scores, "not_measured": reasons}
 
 
 def well_profiles(images: pd.DataFrame, measures: Sequence[str] | None = None) -> pd.DataFrame:

@@ -3,16 +3,20 @@
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal, NoReturn
+from functools import cached_property, partial
+from getpass import getuser
+from typing import Any, Literal, NoReturn, cast
+from uuid import uuid4
 
 from pydantic import BaseModel
 
 from coda_ray.config import Config, Train, pool_of
+from coda_ray.lease import Lease, LostLeaseError
+from coda_ray.pipeline.follower import PARTS, Follower
 from coda_ray.progress import Tell
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, content_key
-from coda_ray.training.checkpoints import DamagedFileError
+from coda_ray.training.checkpoints import CHECKPOINTS, DamagedFileError
 from coda_ray.training.launch import launch
 from coda_ray.training.loop import Report
 
@@ -32,6 +36,12 @@ RECIPES = {
     "layers": 2,
     "imported": 2,
 }
+# Written last: a stage without it is not finished.
+DONE = "done.json"
+# A job that gave no sign of life for so long (s) is taken for dead, and another one goes on with its stage.
+LEASE_S = 60.0
+# Who waits for the stage of another job looks this often at first (s).
+LOOK_S = 1.0
 
 
 def settings_of(section: BaseModel, *, exclude: set[str] | None = None) -> dict[str, Any]:
@@ -112,6 +122,8 @@ class Stage:
         `workers`: as many as section `train` says; `worker`: one of them; `cpu`: one without a GPU.
     note
         What a person should know before it starts.
+    whole
+        The stage whose checkpoints this one goes on from and writes; no two of them run at once. None has its own.
     """
 
     kind: str
@@ -124,6 +136,7 @@ class Stage:
     workload: Workload | None = field(default=None, compare=False, repr=False)
     runs_on: Literal["workers", "worker", "cpu"] = field(default="workers", compare=False, repr=False)
     note: str | None = field(default=None, compare=False, repr=False)
+    whole: "Stage | None" = field(default=None, compare=False, repr=False)
 
     @cached_property
     def key(self) -> str:
@@ -138,7 +151,7 @@ class Stage:
 
     def facts(self, results: Folder) -> dict[str, Any] | None:
         """Read what a finished stage wrote; None while it is unfinished."""
-        return results.read_json(f"{self.path}/done.json")
+        return results.read_json(f"{self.path}/{DONE}")
 
     def part_of(self, train: Train) -> Train:
         """Take what this stage uses of the workers and GPUs that a configuration gives to each stage."""
@@ -147,7 +160,7 @@ class Stage:
         return train.model_copy(update={"workers": "0"} | ({"gpus_per_worker": 0.0} if self.runs_on == "cpu" else {}))
 
     def run(self, config: Config, report: Report | None, tell: Tell | None = None) -> dict[str, Any]:
-        """Run the stage, or continue it, unless it is finished already.
+        """Run the stage, or continue it, unless it is finished already; where another job is at it, take what that one finds.
 
         Parameters
         ----------
@@ -167,18 +180,79 @@ class Stage:
         ------
         DamagedFileError
             As `check_made_of`.
+        OSError
+            When storage does not answer.
         """
         results = open_place(config.results)
-        done = self.facts(results)
-        if done is not None:
-            return done
+        shared = results.child((self.whole or self).path)
+        lease = Lease(shared.child("lease"), f"a job of {_user()}", LEASE_S, look_s=LOOK_S)
+        while True:
+            steps = self.workload.steps if self.workload else 0
+            follower = Follower(self.title, partial(self.facts, results), shared, steps, tell)
+            with lease:
+                mine = lease.acquire(True, follower.met, follower.finished)
+                # Another job may have come to its end just before its lease was free.
+                if not mine or follower.finished():
+                    return cast(dict[str, Any], follower.facts)
+                if follower.waited:
+                    why = f"gave no sign of life for {LEASE_S:g} s" if lease.took_over else "ended without a result"
+                    print(f"{self.title}: the other job {why}; this job goes on with it", flush=True)
+                try:
+                    return self._work(config, report, tell, lease, results)
+                except Exception:
+                    try:
+                        lease.check()
+                    except LostLeaseError as lost:
+                        print(f"{self.title}: {lost}; this job looks what has become of it", flush=True)
+                    else:
+                        raise
+
+    def _work(self, config: Config, report: Report | None, tell: Tell | None, lease: Lease, results: Folder) -> dict[str, Any]:
+        """Run the stage under a lease."""
         check_made_of([self], results)
         folder = results.child(self.path)
+        guarded = lease.guard(folder)
         note = {"stage": self.kind, "key": self.key, "title": self.title, "inputs": dict(self.inputs)}
         note |= {"needs": [stage.path for stage in self.needs], "made_of": _made_of(self, results)}
-        folder.write("stage.json", json.dumps(note, indent=1).encode())
-        loop, run = self.make(folder, report)
-        return launch(loop, run, self.part_of(config.train), results, tell)
+        guarded.write("stage.json", json.dumps(note, indent=1).encode())
+        loop, run = self.make(guarded, report)
+        facts = launch(loop, run, self.part_of(config.train), results, tell)
+        # What stalled for long may still end its work, if nobody came meanwhile.
+        lease.beat()
+        lease.check()
+        return finish(folder, facts)
+
+
+def finish(folder: Folder, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `done.json` of a stage whose results are written, unless it is there, and delete what is needed no more.
+
+    Parameters
+    ----------
+    folder
+        Of the stage.
+    facts
+        What is told of the result; `file` names that of its tensors, which no other attempt writes to.
+
+    Returns
+    -------
+    dict
+        The facts that are there now: of several jobs that come to the end, those of the first.
+    """
+    own = {**facts, "attempt": uuid4().hex}
+    folder.create(DONE, json.dumps(own, indent=1).encode())
+    kept = folder.read_json(DONE) or own
+    for name in folder.names():
+        if name in (CHECKPOINTS, PARTS) or ("file" in kept and name.endswith(".safetensors") and name != kept["file"]):
+            folder.delete(name)
+    return kept
+
+
+def _user() -> str:
+    """Name the person who runs this job, for others."""
+    try:
+        return getuser()
+    except (KeyError, OSError):  # as in a container
+        return "somebody"
 
 
 def not_run(folder: Folder, report: object) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import ray
@@ -15,6 +16,8 @@ from coda_ray.storage import open_place
 from coda_ray.training.launch import resources
 from coda_ray.training.loop import Report
 
+# How long a job that ends early waits for its stages to end (s).
+INTERRUPT_S = 10.0
 Facts = ray.ObjectRef[dict[str, Any]]
 
 
@@ -99,6 +102,17 @@ def run_missing(stages: Iterable[Stage], config: Config) -> None:
         ray.get(list(running.values()))
     except ray.exceptions.RayError as error:
         raise cause_of(error) from None
+    except BaseException:  # Ctrl-C, or the end of a trial
+        interrupt(list(running.values()))
+        raise
+
+
+def interrupt(stages: Sequence[Facts]) -> None:
+    """Break stages off before this process ends, so that they give back what other jobs wait for; whatever Ray says to it."""
+    with suppress(Exception):
+        for stage in stages:
+            ray.cancel(stage)
+        ray.wait(list(stages), num_returns=len(stages), timeout=INTERRUPT_S)
 
 
 def room(train: Train) -> int:

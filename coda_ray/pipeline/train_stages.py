@@ -122,10 +122,11 @@ def paused(config: Config, whole: Stage, until: int) -> Stage:
 
     def make(folder: Folder, report: Report | None) -> Made:
         loop, run = whole.make(folder, report)
-        return loop, replace(run, until=until, checkpoints=open_place(config.results).child(whole.path))
+        # Under the same lease as the folder.
+        return loop, replace(run, until=until, checkpoints=replace(folder, root=open_place(config.results).path(whole.path)))
 
     title = f"{whole.title}, until step {until}"
-    return Stage(whole.kind, title, {**whole.inputs, "until": until}, make, whole.needs, note=whole.note)
+    return Stage(whole.kind, title, {**whole.inputs, "until": until}, make, whole.needs, note=whole.note, whole=whole)
 
 
 def stage_tensors(config: Config, stage: Stage, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
@@ -140,7 +141,8 @@ def stage_tensors(config: Config, stage: Stage, name: str = "model.safetensors")
     facts = stage.facts(results)
     if facts is None:
         raise FileNotFoundError(f"{results.address(stage.path)}: {stage.title} is not finished; run it again")
-    return read_tensors(results.child(stage.path), name, facts["sha256"])
+    # Stages of before attempts had names of their own tell none.
+    return read_tensors(results.child(stage.path), facts.get("file", name), facts["sha256"])
 
 
 def lineage(stage: Stage) -> list[Stage]:

@@ -21,6 +21,7 @@ from coda_ray.pipeline.task import run_missing
 from coda_ray.pipeline.transfer import Transfer, model_of, score
 from coda_ray.storage import Folder, open_place
 from coda_ray.tiles.store import TileIndex, content_key
+from coda_ray.training.checkpoints import CHECKPOINTS
 
 # Of a trial, after which it is not run again.
 ENDED = ("finished", "stopped")
@@ -120,7 +121,7 @@ class Cell:
     def drop_checkpoints(self, results: Folder) -> None:
         """Delete the checkpoints of adaptations that are finished, and of those that will not be."""
         for unit in self._units:
-            results.delete(f"{self._trained(unit, None).path}/checkpoints")
+            results.delete(f"{self._trained(unit, None).path}/{CHECKPOINTS}")
 
     def measure(self, until: int | None) -> dict[str, Any]:
         """Run what is missing, and read the criteria and, apart from them, the oracles."""

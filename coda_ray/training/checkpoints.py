@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import safetensors.torch
 import torch
@@ -15,6 +16,8 @@ from coda_ray.storage import Folder
 
 log = logging.getLogger(__name__)
 KEEP = 2
+# Folder of a stage's checkpoints.
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,28 @@ def write_tensors(folder: Folder, relative: str, tensors: Mapping[str, Tensor]) 
     return hashlib.sha256(data).hexdigest()
 
 
+def write_result(folder: Folder, name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write the tensors that a stage ends with, under a name that no other attempt at the stage has.
+
+    Parameters
+    ----------
+    folder
+        Folder of the stage.
+    name
+        What the name begins and ends with: `model.safetensors` gives `model-1f0c52b8.safetensors`.
+    tensors
+        The result.
+
+    Returns
+    -------
+    dict
+        What its facts must hold to read it: `file` and `sha256`.
+    """
+    stem, dot, ending = name.partition(".")
+    file = f"{stem}-{uuid4().hex[:8]}{dot}{ending}"
+    return {"file": file, "sha256": write_tensors(folder, file, tensors)}
+
+
 def read_tensors(folder: Folder, relative: str, sha256: str) -> dict[str, Tensor]:
     """Read named tensors, on the CPU.
 
@@ -81,28 +106,38 @@ def save(folder: Folder, checkpoint: Checkpoint) -> None:
     checkpoint
         The state.
     """
-    name = f"checkpoints/step-{checkpoint.step:08d}"
+    name = f"{CHECKPOINTS}/step-{checkpoint.step:08d}"
     sha256 = write_tensors(folder, f"{name}/state.safetensors", checkpoint.tensors)
     note = {"step": checkpoint.step, "sha256": sha256, "facts": checkpoint.facts}
     # Written last: a folder without it is not a checkpoint.
     folder.write(f"{name}/state.json", json.dumps(note).encode())
-    for old in folder.names("checkpoints")[:-KEEP]:
-        folder.delete(f"checkpoints/{old}")
+    for old in folder.names(CHECKPOINTS)[:-KEEP]:
+        folder.delete(f"{CHECKPOINTS}/{old}")
 
 
 def load_latest(folder: Folder, until: int) -> Checkpoint | None:
     """Load the newest whole checkpoint of a stage that is not past a step; a damaged one is passed over with a warning."""
-    for name in reversed(folder.names("checkpoints")):
-        if int(name.removeprefix("step-")) > until:
+    for name in reversed(folder.names(CHECKPOINTS)):
+        if _step_of(name) > until:
             continue
         try:
-            note = json.loads(folder.read(f"checkpoints/{name}/state.json"))
-            tensors = read_tensors(folder, f"checkpoints/{name}/state.safetensors", note["sha256"])
+            note = json.loads(folder.read(f"{CHECKPOINTS}/{name}/state.json"))
+            tensors = read_tensors(folder, f"{CHECKPOINTS}/{name}/state.safetensors", note["sha256"])
         except (FileNotFoundError, json.JSONDecodeError, DamagedFileError) as error:
-            log.warning("%s: passed over: %s", folder.address(f"checkpoints/{name}"), error)
+            log.warning("%s: passed over: %s", folder.address(f"{CHECKPOINTS}/{name}"), error)
             continue
         return Checkpoint(note["step"], tensors, note["facts"])
     return None
+
+
+def newest_step(folder: Folder) -> int:
+    """Step of the newest checkpoint of a stage, 0 where there is none."""
+    return max(map(_step_of, folder.names(CHECKPOINTS)), default=0)
+
+
+def _step_of(name: str) -> int:
+    """Step of a checkpoint by the name of its folder."""
+    return int(name.removeprefix("step-"))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

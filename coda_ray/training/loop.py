@@ -4,7 +4,6 @@ Everything about a run is a function of its step, so a run that is resumed, by R
 driver, continues as if nothing had happened.
 """
 
-import json
 import logging
 import math
 import time
@@ -134,8 +133,8 @@ def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     Returns
     -------
     dict
-        Facts of the finished run: steps, seconds, and the metrics of the last log point. Rank 0 has written
-        `model.safetensors`, `history.parquet` and `done.json` into the stage's folder.
+        Facts of the finished run: steps, seconds, the file of the weights, and the metrics of the last log point. Rank 0 has
+        written the weights and `history.parquet` into the stage's folder.
     """
     run: TrainingRun = config["run"]
     torch.set_num_threads(run.train.threads)
@@ -340,22 +339,20 @@ class _Worker:
             self.work.plateau = Plateau(**checkpoint.facts["plateau"])
 
     def _finish(self) -> dict[str, Any]:
-        """Write the result, `done.json` last."""
+        """Write the result."""
         facts: dict[str, Any] = {"steps": self.end, "seconds": round(self.seconds, 3), "workers": self.world}
         facts["replaced_tiles"] = self.replaced
         if self.rank:
             return facts
         folder = self.run.folder
         tensors = self.best_tensors or self.objective.state_dict()
-        facts["sha256"] = checkpoints.write_tensors(folder, "model.safetensors", tensors)
+        facts |= checkpoints.write_result(folder, "model.safetensors", tensors)
         facts["precision"] = str(self.precision.dtype).removeprefix("torch.")
         if self.best:
             facts["best"] = self.best
         if self.history:
             facts["last"] = self.history[-1]
             folder.write("history.parquet", table_bytes(pa.Table.from_pylist(_rectangular(self.history))))
-        folder.write("done.json", json.dumps(facts, indent=1).encode())
-        folder.delete("checkpoints")
         return facts
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from coda_ray.config import ConfigError, Place
 from coda_ray.jump.layout import PlateName
+from coda_ray.lease import Lease
 from coda_ray.online.board import journeys
-from coda_ray.online.lease import Lease
 from coda_ray.online.ledger import Ledger
 from coda_ray.online.service import _try_again, watch
 from coda_ray.online.serving import watch_folder

@@ -19,8 +19,8 @@ from coda_ray.jump.simulate.defects import spoil_file
 from coda_ray.jump.simulate.deliver import deliver_plate
 from coda_ray.jump.simulate.layout import draw_plates
 from coda_ray.jump.simulate.settings import PRESETS
+from coda_ray.lease import Lease
 from coda_ray.online.board import journeys
-from coda_ray.online.lease import Lease
 from coda_ray.online.ledger import Ledger
 from coda_ray.online.meter import DriftMeter, plates_of
 from coda_ray.online.service import watch

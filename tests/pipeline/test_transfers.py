@@ -25,7 +25,7 @@ from coda_ray.pipeline.train_stages import pretrain, stage_tensors
 from coda_ray.pipeline.transfer import plan, stages_of
 from coda_ray.storage import open_place
 from coda_ray.tiles.store import COMPOUND, LABEL, TileStore, table_bytes
-from coda_ray.training.checkpoints import write_tensors
+from coda_ray.training.checkpoints import write_result
 from synthetic import model_on, place, small_config, write_tiles
 
 SCORES = ["n_images", "n_wells", "accuracy", "macro_f1", "well_accuracy", "well_macro_f1", "steps", "key"]
@@ -155,7 +155,7 @@ def test_features_of_other_weights_do_not_meet_a_classifier_that_cannot_read_the
     (pretrained,) = plan(copied, request)[-1].trained.needs
     folder = open_place(copied.results).child(pretrained.path)
     weights = {name: tensor + 1 for name, tensor in stage_tensors(copied, pretrained).items()}
-    facts = {**folder.read_json("done.json"), "sha256": write_tensors(folder, "model.safetensors", weights)}
+    facts = {**folder.read_json("done.json"), **write_result(folder, "model.safetensors", weights)}
     folder.write("done.json", json.dumps(facts).encode())
     with pytest.raises(
         StagesFailedError, match=r"evaluate adapt coda .*: DamagedFileError: .*classify dual-cb on a.* was made of"

@@ -14,9 +14,8 @@ from ray import cloudpickle
 
 from coda_ray.pipeline.methods.continued import adapt
 from coda_ray.pipeline.tally import Tally
-from coda_ray.pipeline.train_stages import classify, paused, pretrain
+from coda_ray.pipeline.train_stages import classify, paused, pretrain, stage_tensors
 from coda_ray.storage import open_place
-from coda_ray.training.checkpoints import read_tensors
 from synthetic import model_on, small_config, write_tiles
 
 # Workers of a Ray Train group do not find this module by name.
@@ -24,9 +23,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def weights_of(config, stage):
-    results = open_place(config.results)
-    facts = stage.facts(results)
-    return read_tensors(results.child(stage.path), "model.safetensors", facts["sha256"])
+    return stage_tensors(config, stage)
 
 
 def history_of(config, stage):

@@ -1,6 +1,5 @@
 """Baselines on features: correct the embeddings of a finished evaluation, and read them by a linear classifier of the source."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -221,9 +220,7 @@ def correct_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     labels = of_tile.reindex(pd.MultiIndex.from_frame(known[TILE_ID])).fillna(-1).to_numpy(np.int64)
     probe = LinearProbe.fit(source[labels >= 0], labels[labels >= 0], len(run.classes))
     write_predictions(run.folder, wanted.filter(like="Metadata_"), run.classes, probe.probabilities(target), target)
-    facts = {"tiles": len(wanted), "seconds": round(time.monotonic() - begun, 3), **chosen}
-    run.folder.write("done.json", json.dumps(facts, indent=1).encode())
-    return facts
+    return {"tiles": len(wanted), "seconds": round(time.monotonic() - begun, 3), **chosen}
 
 
 def _sides(run: CorrectionRun, known: pd.DataFrame, wanted: pd.DataFrame, inside: Mask) -> tuple[Side, Side]:

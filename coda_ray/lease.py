@@ -1,10 +1,11 @@
-"""At most one watcher works on a ledger: a lease in storage, held by signs of life.
+"""At most one process works on something: a lease in storage, held by signs of life.
 
 A term is a file that is created once: `000001.json` names its holder. While it lasts, the holder rewrites `000001.beat.json`;
 at its end it leaves `000001.released.json`. Whoever wants the lease takes the next term, once the newest one is released or its
 beat stood still for `lease_s` by their own clock: no clocks of two machines are compared. The number of the term is the fencing
-token: a holder that was paused for longer finds the next term there (`check`). One that is paused between that and its entry
-finds the entry's number taken, because the next holder begins with an entry of its own (`Ledger.claim`).
+token: a holder that was paused for longer finds the next term there (`Lease.check`, and every write to a `GuardedFolder`). One
+that is paused between that and its write is kept out by files that are created and never overwritten: an entry of a ledger,
+whose number the next holder takes first (`Ledger.claim`), or the `done.json` of a stage.
 """
 
 import json
@@ -13,17 +14,21 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 from uuid import uuid4
 
-from coda_ray.online.numbered import number_and_kind, numbered
+from coda_ray.numbered import number_and_kind, numbered
 from coda_ray.progress import Say
 from coda_ray.storage import Folder
 
 log = logging.getLogger(__name__)
 BEATS_PER_LEASE = 4
 KEPT_TERMS = 2
+# Who waits looks again after this share of the time that it has waited, within bounds.
+LOOK_AFTER = 0.1
 # Files of a term beside the one that names its holder: what that rewrites, and what ends it.
 BEAT, RELEASED = "beat", "released"
 
@@ -32,8 +37,56 @@ class LostLeaseError(RuntimeError):
     """The lease is not, or may no longer be, this process's."""
 
 
+@dataclass(frozen=True)
+class GuardedFolder(Folder):
+    """A folder that is written to under a lease: what comes after a newer term was taken is refused.
+
+    It may be pickled, for other processes that work for the holder. Folders inside it (`child`) are not guarded.
+
+    Parameters
+    ----------
+    terms
+        Folder of the lease.
+    term
+        The term under which it was opened.
+    """
+
+    terms: Folder
+    term: int
+
+    def __reduce__(self) -> tuple[type["GuardedFolder"], tuple[Any, ...]]:
+        """Pickle as a call, as every folder does."""
+        return GuardedFolder, (self.fs, self.root, self.terms, self.term)
+
+    def write(self, relative: str, data: bytes) -> None:
+        """Write a whole file, as `Folder.write` does.
+
+        Raises
+        ------
+        LostLeaseError
+            When somebody took a newer term.
+        """
+        self._check()
+        super().write(relative, data)
+
+    def create(self, relative: str, data: bytes) -> bool:
+        """Write a whole file where none is, as `Folder.create` does; raises as `write`."""
+        self._check()
+        return super().create(relative, data)
+
+    def delete(self, relative: str) -> None:
+        """Delete a file or a folder, as `Folder.delete` does; raises as `write`."""
+        self._check()
+        super().delete(relative)
+
+    def _check(self) -> None:
+        """Make sure that the term is the newest."""
+        if _newest(self.terms) != self.term:
+            raise LostLeaseError(f"{self.address()}: {_holder(self.terms, self.term + 1)} has taken the lease meanwhile")
+
+
 class Lease:
-    """The right to write a ledger; a context that gives it back when it ends.
+    """The right to do something alone; a context that gives it back when it ends.
 
     Parameters
     ----------
@@ -47,6 +100,9 @@ class Lease:
         Seconds that only rise.
     pause
         Waits for some seconds between looks at another's beat.
+    look_s
+        Least time between looks (s); those who have waited for long look less often, but each time that a beat is due. None looks
+        when a beat is due.
 
     Attributes
     ----------
@@ -63,8 +119,11 @@ class Lease:
         lease_s: float,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], object] = time.sleep,
+        look_s: float | None = None,
     ) -> None:
         self.folder, self.by, self.lease_s, self.clock, self.pause = folder, by, lease_s, clock, pause
+        self.beat_s = lease_s / BEATS_PER_LEASE
+        self.look_s = self.beat_s if look_s is None else look_s
         self.term: int | None = None
         self.took_over = False
         self._alive = 0.0
@@ -77,7 +136,7 @@ class Lease:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.release()
 
-    def acquire(self, wait: bool, say: Say) -> bool:
+    def acquire(self, wait: bool, say: Say, unless: Callable[[], bool] = lambda: False) -> bool:
         """Take the lease.
 
         Parameters
@@ -86,7 +145,9 @@ class Lease:
             Wait for as long as another holds it, until it is released or its holder is dead. Otherwise only until it is known
             whether the holder lives, which takes `lease_s` at most.
         say
-            Told once per holder that is waited for.
+            Told, once per holder that is waited for, who that is.
+        unless
+            Asked before each look; with True nobody waits any longer.
 
         Returns
         -------
@@ -99,17 +160,18 @@ class Lease:
             When storage does not answer.
         """
         watched: tuple[int, bytes] | None = None
-        since = 0.0
-        while True:
+        begun, since = self.clock(), 0.0
+        while not unless():
             # Before the look, so that a pause of this process is not taken for a silence of the other.
             now = self.clock()
-            newest = self._newest()
-            released = newest == 0 or self.folder.exists(numbered(newest, RELEASED))
+            names = self.folder.names()
+            newest = _newest_of(names)
+            released = newest == 0 or numbered(newest, RELEASED) in names
             free = released
             if not free:
-                seen = (newest, self._read(numbered(newest, BEAT)))
+                seen = (newest, _read(self.folder, numbered(newest, BEAT)))
                 if watched is None or watched[0] != newest:
-                    say(f"{self.folder.address()}: {self._holder(newest)} holds the lease; looking whether it lives")
+                    say(_holder(self.folder, newest))
                 elif seen != watched and not wait:
                     return False
                 if seen != watched:
@@ -117,12 +179,17 @@ class Lease:
                 free = now - since >= self.lease_s
             if free and self._take(newest + 1):
                 self.took_over = not released
-                self._forget(newest - KEPT_TERMS)
+                self._forget(names, newest - KEPT_TERMS)
                 return True
-            self.pause(self.lease_s / BEATS_PER_LEASE)
+            self.pause(min(self.beat_s, max(self.look_s, LOOK_AFTER * (self.clock() - begun))))
+        return False
+
+    def guard(self, folder: Folder) -> GuardedFolder:
+        """Open a folder to write to for as long as this process holds the lease; acquire it first."""
+        return GuardedFolder(folder.fs, folder.root, self.folder, self._held())
 
     def check(self) -> None:
-        """Make sure that this process still holds the lease; called before each entry of the ledger.
+        """Make sure that this process still holds the lease; called before whatever only its holder may do.
 
         Raises
         ------
@@ -132,19 +199,16 @@ class Lease:
         OSError
             When storage does not answer.
         """
-        if self.term is None:
-            raise LostLeaseError(f"{self.folder.address()}: {self.by} does not hold the lease; acquire it first")
-        # Terms follow each other without gaps; old ones are deleted.
-        if self.folder.exists(numbered(self.term + 1)) or not self.folder.exists(numbered(self.term)):
-            raise LostLeaseError(
-                f"{self.folder.address()}: {self._holder(self.term + 1)} has taken the lease from {self.by}; "
-                "this watcher stops; start it again and it waits for the other one"
-            )
+        term = self._held()
+        # Old terms are deleted.
+        if _newest(self.folder) != term:
+            other = _holder(self.folder, term + 1)
+            raise LostLeaseError(f"{self.folder.address()}: {other} has taken the lease from {self.by}")
         silence = self.clock() - self._alive
         if silence > self.lease_s:
             raise LostLeaseError(
-                f"{self.folder.address()}: no sign of life could be written for {silence:.0f} s, more than watch.lease_s = "
-                f"{self.lease_s:g}; this watcher stops; start it again, with a longer watch.lease_s if storage is that slow"
+                f"{self.folder.address()}: no sign of life could be written for {silence:.0f} s, and the lease of {self.by} "
+                f"ends after {self.lease_s:g} s"
             )
 
     def beat(self) -> None:
@@ -187,34 +251,48 @@ class Lease:
 
     def _live(self, ended: threading.Event) -> None:
         """Thread: give signs of life until the lease is given back; one that storage refuses is tried again at the next turn."""
-        while not ended.wait(self.lease_s / BEATS_PER_LEASE):
+        while not ended.wait(self.beat_s):
             try:
                 self.beat()
             except OSError as error:
                 log.warning("a sign of life could not be written, and is tried again: %s", error)
 
-    def _forget(self, last: int) -> None:
-        """Delete the files of terms until then; whoever held one finds it gone."""
-        old = [name for name in self.folder.names() if (found := number_and_kind(name)) and found[0] <= last]
-        for name in old:
-            self.folder.delete(name)
+    def _held(self) -> int:
+        """Number of the term that is held."""
+        if self.term is None:
+            raise LostLeaseError(f"{self.folder.address()}: {self.by} does not hold the lease; acquire it first")
+        return self.term
 
-    def _newest(self) -> int:
-        """Number of the newest term, 0 where there is none."""
-        found = filter(None, map(number_and_kind, self.folder.names()))
-        return max((number for number, kind in found if not kind), default=0)
+    def _forget(self, names: Iterable[str], last: int) -> None:
+        """Delete those files that are of terms until then; whoever held one finds it gone."""
+        for name in names:
+            if (found := number_and_kind(name)) and found[0] <= last:
+                self.folder.delete(name)
 
-    def _read(self, name: str) -> bytes:
-        """Content of a file, empty where it is not there."""
-        try:
-            return self.folder.read(name)
-        except FileNotFoundError:
-            return b""
 
-    def _holder(self, term: int) -> str:
-        """The holder of a term, for people."""
-        try:
-            found = json.loads(self._read(numbered(term)))
-            return f"{found['by']} (process {found['pid']} on {found['host']})"
-        except (ValueError, TypeError, KeyError):
-            return f"the holder of term {term}"
+def _newest(terms: Folder) -> int:
+    """Number of the newest term of a lease, 0 where there is none."""
+    return _newest_of(terms.names())
+
+
+def _newest_of(names: Iterable[str]) -> int:
+    """Number of the newest term by the names of a lease's files."""
+    found = filter(None, map(number_and_kind, names))
+    return max((number for number, kind in found if not kind), default=0)
+
+
+def _read(terms: Folder, name: str) -> bytes:
+    """Content of a file, empty where it is not there."""
+    try:
+        return terms.read(name)
+    except FileNotFoundError:
+        return b""
+
+
+def _holder(terms: Folder, term: int) -> str:
+    """The holder of a term, for people."""
+    try:
+        found = json.loads(_read(terms, numbered(term)))
+        return f"{found['by']} (process {found['pid']} on {found['host']})"
+    except (ValueError, TypeError, KeyError):
+        return f"the holder of term {term}"

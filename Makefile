@@ -17,7 +17,7 @@ $(UV):
 
 .venv/.synced: requirements.lock pyproject.toml | $(UV)
 	test -x $(RUN) || $(UV) venv --quiet --python $(PYTHON) .venv
-	$(UV) pip sync --quiet --python $(RUN) --require-hashes requirements.lock
+	$(UV) pip sync --quiet --compile-bytecode --python $(RUN) --require-hashes requirements.lock
 	$(UV) pip install --quiet --python $(RUN) --no-deps --no-build-isolation --editable .
 	touch $@
 

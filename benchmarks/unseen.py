@@ -35,6 +35,9 @@ from coda_ray.tracking.table import RANKED, markdown_table
 
 CONFIG = "configs/unseen.yaml"
 FEW = "supervised,dual-cb,standardise,coda,shot,coda-shot"
+CHANGED = "supervised,dual-cb,coda,shot,coda-shot"
+AFTER = ("--adapt.standardise", "after")
+KNOWN = ("--learn-from", "known-compounds")
 KIND = ["part", "variant", "split"]
 TRANSFER = ["world", "source", "target", "seed"]
 COLUMNS = [*KIND, *TRANSFER, "method", *RANKED, "n_images"]
@@ -83,20 +86,22 @@ def _of(methods: str, *more: str, plates: Sequence[int] = ()) -> Variant:
 
 
 PARTS = {
-    "plate": Part({"as it is": Variant(), "standardise after": _of("coda,shot,coda-shot", "--adapt.standardise", "after")}),
+    "plate": Part({"as it is": Variant(), "standardise after": _of(CHANGED, *AFTER)}),
     "compounds": Part({"as it is": _of(FEW, "--matrix.splits", "compounds,new-compounds")}),
     "small": Part(
         {
-            "two wells a compound": _of("supervised,dual-cb,coda,shot,coda-shot", plates=(0, 1)),
-            "one batch": _of("supervised,dual-cb,coda,shot,coda-shot", "--adapt.dino.pairs", "plate", plates=(1, 2)),
+            "two wells a compound": _of(CHANGED, plates=(0, 1)),
+            "one batch": _of(CHANGED, "--adapt.dino.pairs", "plate", plates=(1, 2)),
             "one plate": _of("supervised,dual-cb,moments,shot,oda-shot", plates=(0,)),
         }
     ),
     "unknown": Part(
         {
             "as it is": _of(FEW),
-            "known compounds": _of("supervised,dual-cb,coda,shot,coda-shot", "--learn-from", "known-compounds"),
-            "margin 0.5": _of("supervised,dual-cb,shot,coda-shot", "--shot.margin", "0.5"),
+            "known compounds": _of(CHANGED, *KNOWN),
+            "standardise after": _of(CHANGED, *AFTER),
+            "known compounds, standardise after": _of(CHANGED, *KNOWN, *AFTER),
+            "margin 0.5": _of("supervised,dual-cb,coda-shot", "--shot.margin", "0.5"),
         },
         "unknown",
         ["--unknown-moas", "10"],

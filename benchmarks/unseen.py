@@ -4,10 +4,10 @@ python benchmarks/unseen.py --out unseen
 python benchmarks/unseen.py --out unseen --worlds 21 --parts unknown,unbalanced --run no
 
 Runs the jobs (simulate, ingest, matrix) of every part and world with configs/unseen.yaml, as a person would type them; what is
-finished is looked up, so the same command goes on after a stop. Then it writes a row per transfer, method and seed to a CSV file
-and prints, as Markdown, each part's methods: accuracy per image, well and compound, the share of the gap that is closed, the
-worst transfer against the unadapted model, and the paired difference from it with a 95 % interval over wells. Labels of targets
-are read for scores alone.
+finished is looked up, so the same command goes on after a stop. Then it writes a row per transfer, method and seed to a CSV file,
+in the place of those of the same part, variant and world, and prints, as Markdown, each part's methods: accuracy per image, well
+and compound, the share of the gap that is closed, the worst transfer against the unadapted model, and the paired difference from
+it with a 95 % interval over wells. Labels of targets are read for scores alone.
 """
 
 import argparse
@@ -138,8 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{chosen.out}: nothing is finished; give --run yes", file=sys.stderr)
         return 1
     rows = pd.concat([rows for rows, _ in told], ignore_index=True)
-    Path(chosen.csv).parent.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(chosen.csv, index=False, float_format="%.4f")
+    _keep(Path(chosen.csv), rows)
     for kind, part in rows.groupby(KIND, sort=False):
         right = [answered for own, answered in told if (own[KIND] == list(kind)).all(axis=1).any()]
         print(f"\n{', '.join(kind)}\n")
@@ -156,6 +155,7 @@ class Job:
     part: str
     variant: str
     seeds: str
+    sources: str
 
     @property
     def _part(self) -> Part:
@@ -211,6 +211,7 @@ class Job:
         """Options of its jobs: one, or one per target where an adaptation knows of some plates only."""
         variant = self._part.variants[self.variant]
         options = [*self._places(), "--matrix.seeds", self.seeds, *variant.options]
+        options += ["--matrix.sources", self.sources] if self.sources else []
         if not variant.plates:
             return [options]
         config = build_config(Config, CONFIG, options)
@@ -223,7 +224,18 @@ def _jobs(chosen: argparse.Namespace) -> Iterator[Job]:
     """List the jobs, world by world."""
     for part, seed in product(chosen.parts.split(","), map(int, chosen.worlds.split(","))):
         for variant in PARTS[part].variants:
-            yield Job(Path(chosen.out), seed, part, variant, chosen.seeds)
+            yield Job(Path(chosen.out), seed, part, variant, chosen.seeds, chosen.sources)
+
+
+def _keep(file: Path, rows: pd.DataFrame) -> None:
+    """Write rows to a file in the place of those of the same jobs; the others that it has stay."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        before = pd.read_csv(file)
+        job = ["part", "variant", "world"]
+        stays = before.merge(rows[job].drop_duplicates(), on=job, how="left", indicator=True)["_merge"] == "left_only"
+        rows = pd.concat([before[stays.to_numpy()], rows])
+    rows.sort_values(["part", "variant", "world"], kind="stable").to_csv(file, index=False, float_format="%.4f")
 
 
 def _job(name: str, options: Sequence[str]) -> None:

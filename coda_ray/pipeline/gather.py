@@ -357,13 +357,13 @@ def _differences(config: Config, transfers: Sequence[Transfer], frame: pd.DataFr
     across = frame[frame["source"] != frame["target"]]
     for split, granularity in product(config.matrix.splits, config.matrix.granularities):
         rows = rows_that_count(across[across["split"] == split], granularity)
-        answers = {
+        per_pair = {
             cast(tuple[str, str], pair): answers(config, [of_key[key] for key in part["key"]])
             for pair, part in rows.groupby(["target", "source"])
         }
         for method, against in _comparisons(config):
             per_target: dict[str, list[pd.DataFrame]] = defaultdict(list)
-            for (target, _), right in answers.items():
+            for (target, _), right in per_pair.items():
                 if {method, against} <= set(right.columns.get_level_values(0)):
                     per_target[target].append(right[[method, against]])
             everything = {**per_target, POOLED: list(chain(*per_target.values()))} if len(per_target) > 1 else per_target

@@ -673,8 +673,8 @@ class Train(Section):
             raise ValueError(f"train.gpus_per_worker = {gpus:g}: Ray shares out one GPU, or whole ones; give 1, or less than 1")
         if gpus % 1 and most > 1:
             raise ValueError(
-                f"train.gpus_per_worker = {gpus:g} with train.workers = {self.workers!r}: workers of one stage cannot share a GPU; "
-                "give --train.gpus-per-worker 1, or --train.workers 0, which packs several stages on a GPU"
+                f"train.gpus_per_worker = {gpus:g} with train.workers = {self.workers!r}: workers of one stage cannot share a "
+                "GPU; give --train.gpus-per-worker 1, or --train.workers 0, which packs several stages on a GPU"
             )
         return self
 

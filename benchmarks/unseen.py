@@ -183,7 +183,7 @@ class Job:
         -------
         rows, right
             `COLUMNS`, one row per transfer, method and seed; and by split whether each image was named rightly, a row per
-            source and image, a column per (method, seed). None while it is not finished.
+            source and image, a column per (method, seed). None while nothing is finished.
         """
         if not (self._world / "ingested").exists():
             return None
@@ -192,7 +192,7 @@ class Job:
             config = build_config(Config, CONFIG, options)
             planned = {transfer.key: transfer for transfer in plan_all(config, requests_of(config))}
             scored = transfers_frame([r for r in read_records(open_place(config.results), "transfers") if r["key"] in planned])
-            if len(scored) < len(planned):
+            if scored.empty:
                 return None
             rows.append(scored)
             across = scored[scored["source"] != scored["target"]]
@@ -258,24 +258,25 @@ def table(rows: pd.DataFrame, right: Sequence[pd.DataFrame]) -> str:
     Returns
     -------
     str
-        Markdown. Means over transfers, ± the standard deviation over seeds of that mean; the gap and its closed share by the
-        means; the worst difference of one transfer from the model that the method starts from, each seed by itself; the mean
-        difference with its interval, wells drawn anew.
+        Markdown. Means over the transfers that the method has, ± the standard deviation over seeds of that mean; the closed
+        share of the gap, by the supervised model's means over the same transfers; the worst difference of one transfer from
+        the model that the method starts from, each seed by itself; the mean difference with its interval, wells drawn anew.
     """
     away, home = rows[rows["source"] != rows["target"]], rows[rows["source"] == rows["target"]]
-    least = away.loc[away["method"] == "supervised", "accuracy"].mean()
-    gap = home.loc[home["method"] == "supervised", "accuracy"].mean() - least
-    header = ["method", "per image", "per well", "per compound", "gap closed", "from", "worst transfer", "difference (95 %)"]
+    supervised = away[away["method"] == "supervised"].set_index(TRANSFER)["accuracy"]
+    at_home = home[home["method"] == "supervised"].set_index(["world", "source", "seed"])["accuracy"]
+    header = ["method", "per image", "per well", "per compound", "gap closed", "transfers"]
+    header += ["from", "worst transfer", "difference (95 %)"]
     lines = []
     for method, own in sorted(away.groupby("method"), key=lambda item: -item[1]["accuracy"].mean()):
         start = row_of(method).model or "dual-cb"
         scores = [_spread(own.groupby("seed")[metric].mean()) for metric in RANKED]
-        closed = f"{100 * (own['accuracy'].mean() - least) / gap:.0f} %" if gap > 0 else "–"
-        lines.append([method, *scores, closed, *_against(away, right, method, start)])
-    first = f"in-domain supervised {_spread(home[home['method'] == 'supervised'].groupby('seed')['accuracy'].mean())}"
+        least, most = (told.loc[pd.MultiIndex.from_frame(own[told.index.names])].mean() for told in (supervised, at_home))
+        closed = f"{100 * (own['accuracy'].mean() - least) / (most - least):.0f} %" if most > least else "–"
+        lines.append([method, *scores, closed, str(len(own)), *_against(away, right, method, start)])
     pairs, worlds, seeds = (len(away[names].drop_duplicates()) for names in (TRANSFER[:3], ["world"], ["seed"]))
-    counted = f"{pairs} transfers, {worlds} world(s), {seeds} seed(s)"
-    return f"{first}; {counted}\n\n{markdown_table(header, lines)}"
+    first = f"in-domain supervised {_spread(at_home.groupby('seed').mean())}"
+    return f"{first}; {pairs} transfers, {worlds} world(s), {seeds} seed(s)\n\n{markdown_table(header, lines)}"
 
 
 def _against(away: pd.DataFrame, right: Sequence[pd.DataFrame], method: str, start: str) -> list[str]:

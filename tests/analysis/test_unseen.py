@@ -33,8 +33,8 @@ def test_the_table_ranks_and_tells_what_a_method_changes():
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[3:]]
     assert [line[0] for line in cells] == ["coda", "supervised", "dual-cb"]
     # 75 of 50 to 100 is half of the gap; two of four images more than dual-cb, one in each well.
-    assert cells[0][1:] == ["75.0", "75.0", "75.0", "50 %", "dual-cb", "+50.0", "+50.0 (+50.0 to +50.0)"]
-    assert cells[1][4:] == ["0 %", "", "", ""]
+    assert cells[0][1:] == ["75.0", "75.0", "75.0", "50 %", "1", "dual-cb", "+50.0", "+50.0 (+50.0 to +50.0)"]
+    assert cells[1][4:] == ["0 %", "1", "", "", ""]
     assert cells[2][4] == "-50 %"
 
 

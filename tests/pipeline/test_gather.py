@@ -191,7 +191,7 @@ def test_stages_that_are_not_finished_are_named_and_not_run(config, report, tmp_
     elsewhere = changed(elsewhere, report={"pairs": [("a", "b"), ("a", "c")]})
     results = open_place(elsewhere.results)
     damaged = plan(elsewhere, Request("a", "c", "coda", "source", 0))[-1].trained
-    results.write(f"{damaged.path}/model.safetensors", b"damaged")
+    results.write(f"{damaged.path}/{damaged.facts(results)['file']}", b"damaged")
     transfer = plan(elsewhere, Request("a", "b", "coda", "source", 0))[-1]
     lost = [transfer.trained, transfer.evaluation, transfer.profile]
     for stage in lost:

@@ -124,6 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--worlds", default="21,22,23", help="their seeds (default: %(default)s)")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of the parts (default: %(default)s)")
     parser.add_argument("--seeds", default="0,1,2", help="seeds of training (default: %(default)s)")
+    parser.add_argument("--sources", default="", help="labs that models are trained on, such as sim_a (default: all three)")
     parser.add_argument(
         "--run", choices=("yes", "no"), default="yes", help="no: only tell what is finished (default: %(default)s)"
     )

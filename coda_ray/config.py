@@ -610,8 +610,8 @@ class Shot(Section):
     prior: Literal["uniform", "source"] = "uniform"
     """Class shares that the diversity draws to: all alike, or those of the source's training images."""
     margin: float = Field(1.0, gt=0, le=1)
-    """Predictions whose entropy is above this share of its maximum count in neither entropy nor diversity; 1 counts all. For
-    targets with compounds of classes that the classifier does not know."""
+    """Predictions whose entropy is above this share of its maximum count in neither entropy nor diversity; 1 counts all. 0.5 did
+    harm where a target has compounds of unknown classes (docs/lab-notes.md): there set learn_from to known-compounds."""
     extractor: Literal["student", "teacher"] = "student"
     """Which network becomes the feature extractor."""
 

@@ -22,12 +22,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from coda_ray.analysis.intervals import paired_difference
-from coda_ray.config import Config, build_config
+from coda_ray.config import Baselines, Config, build_config
 from coda_ray.methods import row_of
 from coda_ray.pipeline.data import load_tiles
 from coda_ray.pipeline.evaluate import TILE_ID
-from coda_ray.pipeline.gather import answers
+from coda_ray.pipeline.gather import answers, compared
 from coda_ray.pipeline.matrix import plan_all, requests_of
 from coda_ray.storage import open_place
 from coda_ray.tracking.records import read_records, transfers_frame
@@ -41,7 +40,6 @@ KNOWN = ("--learn-from", "known-compounds")
 KIND = ["part", "variant", "split"]
 TRANSFER = ["world", "source", "target", "seed"]
 COLUMNS = [*KIND, *TRANSFER, "method", *RANKED, "n_images"]
-BOOTSTRAP_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     for kind, part in rows.groupby(KIND, sort=False):
         right = [answered for own, answered in told if (own[KIND] == list(kind)).all(axis=1).any()]
         print(f"\n{', '.join(kind)}\n")
-        print(table(part, [one[str(kind[-1])] for one in right]), end="")
+        print(table(part, [one[str(kind[-1])] for one in right if str(kind[-1]) in one]), end="")
     return 0
 
 
@@ -171,9 +169,7 @@ class Job:
         if not (self._world / "bucket/simulation.json").exists():
             seed = ["--preset", "demo", "--seed", str(self.seed)]
             _job("simulate", [*seed, *self._part.simulate, "--out", str(self._world / "bucket")])
-        if not (self._world / "ingested").exists():
-            _job("ingest", ["--config", CONFIG, *self._places()])
-            (self._world / "ingested").touch()
+        _job("ingest", ["--config", CONFIG, *self._places()])
         for options in self._options():
             _job("matrix", ["--config", CONFIG, *options])
 
@@ -183,23 +179,24 @@ class Job:
         Returns
         -------
         rows, right
-            `COLUMNS`, one row per transfer, method and seed; and by split whether each image was named rightly, a row per
-            source and image, a column per (method, seed). None while nothing is finished.
+            `COLUMNS`, one row per transfer, method and seed; and by split whether each image was named rightly, as `answers`
+            gives it, with labs called `21/sim_b`. None while nothing is finished.
         """
-        if not (self._world / "ingested").exists():
+        if not (self._world / "results").exists():
             return None
         rows, right = list[pd.DataFrame](), defaultdict[str, list[pd.DataFrame]](list)
         for options in self._options():
             config = build_config(Config, CONFIG, options)
             planned = {transfer.key: transfer for transfer in plan_all(config, requests_of(config))}
             scored = transfers_frame([r for r in read_records(open_place(config.results), "transfers") if r["key"] in planned])
-            if scored.empty:
-                return None
             rows.append(scored)
             across = scored[scored["source"] != scored["target"]]
-            for (split, source, _), keys in across.groupby(["split", "source", "target"])["key"]:
+            for (split, _, _), keys in across.groupby(["split", "source", "target"])["key"]:
                 answered = answers(config, [planned[key] for key in keys])
-                right[str(split)].append(pd.concat({(self.seed, source): answered}, names=["world", "source"]))
+                # Labs and plates of two worlds have the same names.
+                right[str(split)].append(answered.rename(index=lambda lab: f"{self.seed}/{lab}", level=TILE_ID[0]))
+        if not right:
+            return None
         named = pd.concat(rows).drop_duplicates("key").assign(part=self.part, variant=self.variant, world=self.seed)
         return named[COLUMNS], {split: pd.concat(parts) for split, parts in right.items()}
 
@@ -270,9 +267,9 @@ def table(rows: pd.DataFrame, right: Sequence[pd.DataFrame]) -> str:
     header += ["from", "worst transfer", "difference (95 %)"]
     lines = []
     for method, own in sorted(away.groupby("method"), key=lambda item: -item[1]["accuracy"].mean()):
-        start = row_of(method).model or "dual-cb"
+        start = row_of(method).model or Baselines().model
         scores = [_spread(own.groupby("seed")[metric].mean()) for metric in RANKED]
-        least, most = (told.loc[pd.MultiIndex.from_frame(own[told.index.names])].mean() for told in (supervised, at_home))
+        least, most = (_over(own, told) for told in (supervised, at_home))
         closed = f"{100 * (own['accuracy'].mean() - least) / (most - least):.0f} %" if most > least else "–"
         lines.append([method, *scores, closed, str(len(own)), *_against(away, right, method, start)])
     pairs, worlds, seeds = (len(away[names].drop_duplicates()) for names in (TRANSFER[:3], ["world"], ["seed"]))
@@ -280,19 +277,21 @@ def table(rows: pd.DataFrame, right: Sequence[pd.DataFrame]) -> str:
     return f"{first}; {pairs} transfers, {worlds} world(s), {seeds} seed(s)\n\n{markdown_table(header, lines)}"
 
 
+def _over(own: pd.DataFrame, supervised: pd.Series) -> float:
+    """Mean of the supervised model's scores over the transfers of a method; NaN while one of them lacks."""
+    return float(supervised.reindex(pd.MultiIndex.from_frame(own[supervised.index.names])).mean(skipna=False))
+
+
 def _against(away: pd.DataFrame, right: Sequence[pd.DataFrame], method: str, start: str) -> list[str]:
     """Name the model that a method starts from, the worst transfer, and the paired difference with its interval."""
-    if method == start:
+    both = [one[[method, start]].dropna() for one in right if {method, start} <= set(one.columns.get_level_values(0))]
+    if method == start or not both:
         return ["", "", ""]
     pivot = away.pivot_table(index=TRANSFER, columns="method", values="accuracy")
-    both = [one[[method, start]].dropna() for one in right if {method, start} <= set(one.columns.get_level_values(0))]
-    joined = pd.concat(both)
-    wells = joined.index.to_frame(index=False)[["world", *TILE_ID[:4]]].astype(str).agg("/".join, axis=1).to_numpy(str)
-    seeds = sorted(set(joined[method].columns) & set(joined[start].columns))
-    sides = (joined[name][seeds].to_numpy(bool).T for name in (method, start))
-    found = [100 * value for value in paired_difference(wells, *sides, seed=BOOTSTRAP_SEED)]
+    seeds = sorted(set.intersection(*[set(part[name].columns) for part in both for name in (method, start)]))
+    difference, low, high = (100 * value for value in compared(both, method, start, seeds)[:3])
     worst = 100 * (pivot[method] - pivot[start]).min()
-    return [start, f"{worst:+.1f}", f"{found[0]:+.1f} ({found[1]:+.1f} to {found[2]:+.1f})"]
+    return [start, f"{worst:+.1f}", f"{difference:+.1f} ({low:+.1f} to {high:+.1f})"]
 
 
 def _spread(values: pd.Series) -> str:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
+from clock import Clock
 
 from coda_ray import storage
 from coda_ray.jump.layout import PlateName
@@ -18,21 +19,6 @@ from coda_ray.online.ledger import Ledger, LostLedgerError
 # So long that the thread of a holder gives no sign of life while a test lasts: tests do so by hand.
 LEASE_S = 4000.0
 PLATE = PlateName("sim_b", "run 1", "105360")
-
-
-class Clock:
-    """Seconds that pass when a test says so, or when somebody waits."""
-
-    def __init__(self):
-        self.now = 0.0
-        self.meanwhile = lambda: None
-
-    def __call__(self):
-        return self.now
-
-    def pause(self, seconds):
-        self.now += seconds
-        self.meanwhile()
 
 
 @pytest.fixture

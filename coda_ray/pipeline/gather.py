@@ -370,7 +370,7 @@ def _differences(config: Config, transfers: Sequence[Transfer], frame: pd.DataFr
             for target, parts in everything.items():
                 seeds = sorted(set.intersection(*[set(part[name].columns) for part in parts for name in (method, against)]))
                 if seeds:
-                    yield [split, granularity, target, method, against, *_compared(parts, method, against, seeds)]
+                    yield [split, granularity, target, method, against, *compared(parts, method, against, seeds)]
 
 
 def _comparisons(config: Config) -> list[tuple[Method, Method]]:
@@ -380,10 +380,25 @@ def _comparisons(config: Config) -> list[tuple[Method, Method]]:
     return pairs + [(method, rival) for method in chosen for rival in row_of(method).rivals if rival in chosen]
 
 
-def _compared(
+def compared(
     parts: Sequence[pd.DataFrame], method: Method, against: Method, seeds: list[int]
 ) -> tuple[float, float, float, int, int, int]:
-    """Difference, its interval, and the numbers of images, wells and seeds behind it; a well is drawn for all sources at once."""
+    """Compare two methods on the same images; a well is drawn for all sources at once.
+
+    Parameters
+    ----------
+    parts
+        From `answers`, with columns of both methods.
+    method, against
+        The difference is the accuracy of the first minus that of the second.
+    seeds
+        Those that count; every part has them.
+
+    Returns
+    -------
+    tuple
+        Difference, lower and upper bound of its 95 % interval, numbers of images, wells and seeds.
+    """
     joined = pd.concat(parts)
     wells = joined.index.to_frame(index=False)[TILE_ID[:4]].agg("/".join, axis=1).to_numpy(str)
     sides = (joined[name][seeds].to_numpy(bool).T for name in (method, against))

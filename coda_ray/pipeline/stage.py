@@ -186,8 +186,8 @@ class Stage:
         results = open_place(config.results)
         shared = results.child((self.whole or self).path)
         lease = Lease(shared.child("lease"), f"a job of {_user()}", LEASE_S, look_s=LOOK_S)
+        steps = self.workload.steps if self.workload else 0
         while True:
-            steps = self.workload.steps if self.workload else 0
             follower = Follower(self.title, partial(self.facts, results), shared, steps, tell)
             with lease:
                 mine = lease.acquire(True, follower.met, follower.finished)

@@ -19,7 +19,7 @@ from coda_ray.jump.simulate.defects import spoil_file
 from coda_ray.jump.simulate.deliver import deliver_plate
 from coda_ray.jump.simulate.layout import draw_plates
 from coda_ray.jump.simulate.settings import PRESETS
-from coda_ray.lease import Lease
+from coda_ray.lease import Lease, LostLeaseError
 from coda_ray.online.board import journeys
 from coda_ray.online.ledger import Ledger
 from coda_ray.online.meter import DriftMeter, plates_of
@@ -502,6 +502,13 @@ def test_a_model_that_cannot_be_registered_predicts_all_the_same(lab, monkeypatc
 def test_what_no_plate_could_mend_is_told_before_the_first_look(lab):
     here = lab(register_as="models")
     with pytest.raises(ConfigError, match=r"watch\.register_as is set, but nothing is sent to MLflow"):
+        watch(here.config, once=True, command="", say=here.lines.append, progress=silent)
+
+
+def test_a_watcher_that_lost_its_lease_says_what_to_do(lab, monkeypatch):
+    here = lab()
+    monkeypatch.setattr("coda_ray.online.service._begin", fail_with(LostLeaseError("bert has taken the lease")))
+    with pytest.raises(LostLeaseError, match=r"bert has taken the lease; .*start it again.*watch\.lease_s"):
         watch(here.config, once=True, command="", say=here.lines.append, progress=silent)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clock import Clock
 
 from coda_ray.config import Config, Place
 from coda_ray.lease import Lease
@@ -30,21 +31,6 @@ STEPS = 4
 
 class DiedError(BaseException):
     """Stands for the end of a process: nobody catches it."""
-
-
-class Clock:
-    """Seconds that pass when somebody waits, and what happens meanwhile."""
-
-    def __init__(self):
-        self.now = 0.0
-        self.meanwhile = lambda: None
-
-    def __call__(self):
-        return self.now
-
-    def pause(self, seconds):
-        self.now += seconds
-        self.meanwhile()
 
 
 class Work:

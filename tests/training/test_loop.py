@@ -22,10 +22,6 @@ from synthetic import model_on, small_config, write_tiles
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
-def weights_of(config, stage):
-    return stage_tensors(config, stage)
-
-
 def history_of(config, stage):
     return pq.read_table(io.BytesIO(open_place(config.results).child(stage.path).read("history.parquet")))
 
@@ -78,7 +74,7 @@ def test_a_run_that_was_broken_off_continues_to_the_bit(ray_cluster, tmp_path, c
     assert told == [(4, 7), (5, 7), (6, 7), (7, 7)]
     (line,) = capsys.readouterr().out.splitlines()  # who is told how far it is is not told twice
     assert "continues at step 4" in line
-    assert_same(weights_of(first, stage), weights_of(second, broken))
+    assert_same(stage_tensors(first, stage), stage_tensors(second, broken))
 
 
 def test_a_state_in_the_middle_is_that_of_the_whole_and_the_whole_goes_on_from_it(ray_cluster, tmp_path):
@@ -97,11 +93,11 @@ def test_a_state_in_the_middle_is_that_of_the_whole_and_the_whole_goes_on_from_i
     whole.run(first, None)
     straight, paused = adapted(second, None), adapted(second, 5)
     straight.run(second, None)
-    assert_same(weights_of(first, whole), weights_of(second, straight))
+    assert_same(stage_tensors(first, whole), stage_tensors(second, straight))
     # The whole is there already: the state in the middle is made anew.
     assert paused.run(second, None)["steps"] == 5
     assert adapted(second, 3).run(second, None)["steps"] == 3
-    assert_same(weights_of(first, middle), weights_of(second, adapted(second, 3)))
+    assert_same(stage_tensors(first, middle), stage_tensors(second, adapted(second, 3)))
     assert len({stage.key for stage in (whole, middle, paused)}) == 3
 
 
@@ -171,7 +167,7 @@ def test_a_rate_that_falls_on_a_plateau_falls_at_the_same_steps_after_a_break(ra
     assert rates[-1] < 1e-12
     for name in ("lr", "held_out_cross_entropy", "held_out_accuracy"):
         assert resumed[name].to_pylist() == straight[name].to_pylist(), name
-    assert_same(weights_of(first, stage), weights_of(second, broken))
+    assert_same(stage_tensors(first, stage), stage_tensors(second, broken))
 
 
 def test_pre_training_keeps_the_weights_of_its_best_nearest_neighbours(ray_cluster, tmp_path):
@@ -185,7 +181,7 @@ def test_pre_training_keeps_the_weights_of_its_best_nearest_neighbours(ray_clust
     assert "best" not in facts["last"]
     there = paused(last, stages["last"], step)
     there.run(last, None)
-    assert_same(weights_of(best, stages["best-knn"]), weights_of(last, there))
+    assert_same(stage_tensors(best, stages["best-knn"]), stage_tensors(last, there))
 
 
 def test_how_often_and_by_which_labels_the_best_weights_are_looked_for_is_in_the_key(tmp_path):
@@ -236,7 +232,7 @@ def test_a_group_of_which_a_worker_dies_does_what_one_worker_does(alone, tmp_pat
     assert ray.get(tally.actor.take.remote()) == {grouped.key: (7, 7)}
     assert (tmp_path / "died").exists()
     assert facts["workers"] == 2
-    assert_same(weights_of(first, stage), weights_of(second, grouped), tolerance=2e-3)
+    assert_same(stage_tensors(first, stage), stage_tensors(second, grouped), tolerance=2e-3)
 
 
 @pytest.mark.long
@@ -249,4 +245,4 @@ def test_every_worker_of_a_group_follows_the_rate_that_falls_on_a_plateau(ray_cl
     rates = [history_of(config, stage)["lr"].to_pylist() for config, stage in ((first, alone), (second, grouped))]
     assert rates[0][-1] < 1e-10
     assert rates[1] == pytest.approx(rates[0])
-    assert_same(weights_of(first, alone), weights_of(second, grouped), tolerance=2e-3)
+    assert_same(stage_tensors(first, alone), stage_tensors(second, grouped), tolerance=2e-3)

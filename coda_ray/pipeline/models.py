@@ -191,7 +191,7 @@ def export_of(config: Config, stored: StoredModel) -> Export:
     Parameters
     ----------
     config
-        Where the results are; the settings come from the job that trained the model.
+        Where results and tiles are now; the settings come from the job that trained the model.
     stored
         The model.
 
@@ -381,7 +381,7 @@ def _of_stage(config: Config, folder: Folder) -> ExportedModel:
 
 
 def _config_of(config: Config, results: Folder, stored: StoredModel, jobs: Sequence[Mapping[str, Any]]) -> Config:
-    """Take the settings of a job that trained a model, with the results where they are now."""
+    """Take the settings of a job that trained a model, with results and tiles where they are now."""
     of_both = [job for job in jobs if stored.classifier.path in job["stages"]]
     if not of_both:
         raise ConfigError(
@@ -396,7 +396,7 @@ def _config_of(config: Config, results: Folder, stored: StoredModel, jobs: Seque
             f"{results.address('jobs')}/{of_both[-1]['key']}.json: its configuration is not of this release: "
             f"{error.errors()[0]['msg']}; run its job again"
         ) from None
-    return own.model_copy(update={"results": config.results})
+    return own.model_copy(update={"results": config.results, "tiles": config.tiles})
 
 
 def _start(config: Config, results: Folder, stored: StoredModel) -> Start | None:

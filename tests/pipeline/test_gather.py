@@ -144,7 +144,7 @@ def test_a_well_is_drawn_for_all_sources_at_once():
     rng = np.random.default_rng(0)
     columns = pd.MultiIndex.from_product([["coda", "oda"], [0, 1]])
     parts = [pd.DataFrame(rng.random((8, 4)) < 0.5, names, columns) for _ in range(2)]
-    found = gather._compared(parts, "coda", "oda", [0, 1])
+    found = gather.compared(parts, "coda", "oda", [0, 1])
     wells = np.tile([f"well {i // 2}" for i in range(8)], 2)
     sides = [np.concatenate([part[name].to_numpy() for part in parts]).T for name in ("coda", "oda")]
     assert found[:3] == paired_difference(wells, *sides, seed=BOOTSTRAP_SEED)

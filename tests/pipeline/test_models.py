@@ -12,7 +12,7 @@ import torch
 
 from coda_ray.config import ConfigError, Place
 from coda_ray.jump.prepare import preparation_of
-from coda_ray.learn.exported import DESCRIPTION, WEIGHTS, ModelError, read_model
+from coda_ray.learn.exported import ADAPTATION, DESCRIPTION, WEIGHTS, ModelError, read_model
 from coda_ray.learn.views import evaluation_view
 from coda_ray.pipeline.models import choose, export_of, find_model, stored_models
 from coda_ray.pipeline.request import Request
@@ -179,6 +179,23 @@ def test_a_choice_that_is_open_or_wrong_lists_what_is_there(config, models):
         choose(models, results, seed=7)
     with pytest.raises(ConfigError, match=r"there is none yet: run jobs/adapt.py"):
         choose([], results)
+
+
+def test_a_model_is_exported_where_the_tiles_are_now(config, models, tmp_path):
+    shutil.copytree(config.results.address, tmp_path / "results")
+    here = config.model_copy(update={"results": Place(address=str(tmp_path / "results"))})
+    results = open_place(here.results)
+    job = results.read_json("jobs/job.json")
+    # As after `make demo`, which reaches its tiles through servers that are gone then.
+    job["config"]["tiles"]["address"] = str(tmp_path / "gone")
+    results.write("jobs/job.json", json.dumps(job).encode())
+    chosen = {"method": "dual-cb", "granularity": "source", "seed": 0}
+    files, expected = (
+        export_of(one, choose(found, open_place(one.results), **chosen)).files
+        for one, found in ((here, stored_models(results)), (config, models))
+    )
+    assert ADAPTATION in expected
+    assert files == expected
 
 
 def test_a_stage_that_was_changed_or_is_unfinished_is_no_model(config, exported, tmp_path):
